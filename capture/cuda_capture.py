@@ -1,0 +1,101 @@
+"""One CUDA stream capture, begun and ended so that a failure leaves nothing behind.
+
+Enters: a `torch.cuda.CUDAGraph`, a device, a pool, a stream. Leaves: the graph captured, or the capture ended and the
+graph forgotten. Invariant: the thread's current stream, the allocator's routing into the pool and the default
+generator are as before, however the block ends. `torch.cuda.graph` restores none of these when `capture_end` raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..runtime.errors import CaptureError
+from ..runtime.lanes import LanePool
+
+
+@functools.cache
+def _capture_streams(device: int) -> LanePool:
+    """Streams captures begin on; reused, so that cuBLAS keeps one workspace for them."""
+    return LanePool(device, 0)
+
+
+class CudaCapture:
+    """The `with` block between `capture_begin` and `capture_end`. `reserved`: bytes it took from the device."""
+
+    def __init__(
+        self, graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any, stream: torch.cuda.Stream | None
+    ) -> None:
+        self.reserved = 0
+        self._graph = graph
+        self._device = torch.cuda.current_device() if device.index is None else device.index
+        self._shared_pool = pool
+        self._given_stream = stream
+
+    def __enter__(self) -> CudaCapture:
+        if torch.cuda.is_current_stream_capturing():
+            raise CaptureError(
+                "a capture is already under way on the current stream",
+                expected="auxstream.graph outside of any capture",
+                came="a nested one",
+                remedy="use regions (auxstream.fork) alone inside your own torch.cuda.graph",
+            )
+        self._pool = self._shared_pool if self._shared_pool is not None else torch.cuda.graph_pool_handle()
+        self._generator = torch.cuda.default_generators[self._device]
+        self._outer_device = torch.cuda.current_device()
+        torch.cuda.set_device(self._device)
+        self._caller = torch.cuda.current_stream()
+        self._lane = None if self._given_stream is not None else _capture_streams(self._device).take(0, 0)
+        stream = self._given_stream if self._lane is None else self._lane.torch_stream
+        assert stream is not None
+        stream.wait_stream(self._caller)
+        self._reserved_before = torch.cuda.memory_reserved(self._device)
+        self._rng = self._generator.clone_state()
+        self._collecting = gc.isenabled()
+        gc.disable()  # a collection in mid-capture would free blocks at moments that differ from run to run
+        torch.cuda.set_stream(stream)
+        try:
+            self._graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            self._graph.capture_end()
+        except BaseException as end_error:
+            self._forget()
+            if error is None:
+                raise CaptureError(
+                    "CUDA could not end the capture",
+                    came=str(end_error).partition("\n")[0],
+                    remedy="an op in the block cannot be captured, or a stream that joined the capture was not joined back",
+                ) from end_error
+        else:
+            if error is not None:
+                self._graph.reset()
+        finally:
+            self._restore()
+        self.reserved = torch.cuda.memory_reserved(self._device) - self._reserved_before
+
+    def _forget(self) -> None:
+        """`capture_end` raised half-way: stop routing allocations into the pool, let go of it, and give the default
+        generator a state that no graph has marked as capturing."""
+        torch._C._cuda_endAllocateToPool(self._device, self._pool)
+        torch._C._cuda_releasePool(self._device, self._pool)
+        self._generator.graphsafe_set_state(self._rng)
+
+    def _restore(self) -> None:
+        torch.cuda.set_stream(self._caller)
+        torch.cuda.set_device(self._outer_device)
+        if self._lane is not None:
+            self._lane.pool.give_back(self._lane)
+        if self._collecting:
+            gc.enable()
+
+

@@ -1,0 +1,266 @@
+"""`auxstream.graph`: capture a block of work once, prove it free of races, replay it.
+
+Enters: a `with` block. Leaves: a `CapturedGraph`. On a GPU the block is captured into a CUDA graph; on the simulated
+machine it is recorded as a program. Invariant: however the block ends, the thread's current stream, its machine and
+the RNG are as before, and nothing stays half-captured.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..runtime import ranges
+from ..runtime.errors import AuxstreamWarning, CaptureError, RaceError
+from ..runtime.machine import using_machine
+from ..runtime.settings import SETTINGS, VERIFY_VALUES, Verify
+from .allocator import AllocatorModel
+from .program import Program
+from .proof import Report, not_checked
+from .proof import verify as prove
+from .record import Recorder, host_read
+from .simulate import Simulation
+from .streams import CALLER, InlineStreams, RecordingMachine, SimulatedStreams
+
+_HOST_READS = frozenset({torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__})
+
+
+@dataclass(frozen=True, slots=True)
+class GraphMemory:
+    """Bytes a graph keeps for itself: `reserved` from the device (or the simulated arena)."""
+
+    reserved: int
+
+
+class CapturedGraph:
+    """A captured block. Filled in when the `with auxstream.graph(...)` block ends.
+
+    Attributes:
+        name: as given.
+        regions: names of the regions, in fork order.
+        report: what was proved about it.
+        memory: bytes it keeps.
+        program: the recorded ops, streams, events and bytes.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.regions: tuple[str, ...] = ()
+        self._program: Program | None = None
+        self._report: Report | None = None
+        self._memory = GraphMemory(0)
+        self._outside: Mapping[int, Tensor] = {}
+
+    @property
+    def program(self) -> Program:
+        if self._program is None:
+            raise self._unfinished("its program")
+        return self._program
+
+    @property
+    def report(self) -> Report:
+        if self._report is None:
+            raise self._unfinished("its report")
+        return self._report
+
+    @property
+    def memory(self) -> GraphMemory:
+        return self._memory
+
+    def attach(self, program: Program, report: Report, regions: tuple[str, ...], outside: Mapping[int, Tensor]) -> None:
+        """Take what the capture recorded; `outside` keeps every external input alive for as long as the graph."""
+        self._program = program
+        self._report = report
+        self.regions = regions
+        self._outside = outside
+
+    def _unfinished(self, what: str) -> CaptureError:
+        return CaptureError(
+            f"graph {self.name!r} has no {what.removeprefix('its ')}",
+            expected="a capture that ended without error",
+            came="one still running, or one that failed",
+            remedy=f"use {what} after the `with auxstream.graph(...)` block",
+        )
+
+    def replay(self) -> None:
+        """Run the captured work again on the current stream: outputs and mutated buffers are updated in place."""
+        raise self._unfinished("its replay")
+
+    def __reduce__(self) -> Any:
+        raise CaptureError(f"graph {self.name!r} cannot be pickled", remedy="capture it again in the other process")
+
+
+class SimulatedGraph(CapturedGraph):
+    """A graph of the simulated machine. Replays run in adversarial orders; see capture/orders.py."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._simulation: Simulation | None = None
+        self.replays = 0
+
+    def ready(self, simulation: Simulation, memory: GraphMemory) -> None:
+        """The capture ended well."""
+        self._simulation = simulation
+        self._memory = memory
+
+    @property
+    def simulation(self) -> Simulation:
+        """The executable form, for replays in an order of one's own."""
+        if self._simulation is None:
+            raise self._unfinished("its simulation")
+        return self._simulation
+
+    def replay(self) -> None:
+        simulation = self.simulation
+        hazards = tuple(race.hazard for race in self.report.races)
+        order = simulation.orders.adversarial(self.replays, hazards)
+        self.replays += 1
+        simulation.run(order)
+
+
+class CudaGraph(CapturedGraph):
+    """A captured CUDA graph."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.cuda_graph = torch.cuda.CUDAGraph(keep_graph=True)
+        self._ready = False
+
+    def ready(self, memory: GraphMemory) -> None:
+        """The capture ended well."""
+        self._memory = memory
+        self._ready = True
+
+    def replay(self) -> None:
+        if not self._ready:
+            raise self._unfinished("its replay")
+        if ranges.ENABLED:
+            with ranges.span(self.name):
+                self.cuda_graph.replay()
+        else:
+            self.cuda_graph.replay()
+
+
+class _NoHostReads(TorchFunctionMode):
+    """On CPU tensors `numpy()` and `tolist()` read memory without dispatching an op."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _HOST_READS:
+            raise host_read(f"Tensor.{func.__name__}()")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def graph(
+    name: str = "graph",
+    *,
+    verify: Verify = "error",
+    device: torch.device | str | None = None,
+    pool: Any = None,
+    stream: torch.cuda.Stream | None = None,
+) -> Iterator[CapturedGraph]:
+    """Capture a block of work: `with auxstream.graph() as g: out = model(x)`, then `g.replay()`.
+
+    Args:
+        name: for messages and profiles.
+        verify: what a failed proof does: `error` raises RaceError, `warn` warns, `off` proves nothing and watches
+            nothing. `AUXSTREAM_VERIFY` overrides it.
+        device: None for the current CUDA device, or the simulated machine where there is none; `"cpu"` forces that.
+        pool: a graph memory pool to share, as in `torch.cuda.graph`.
+        stream: the stream to capture on; default: a stream of this module's own.
+
+    Raises:
+        CaptureError: work that cannot be captured, or a region left open when the block ends.
+        RaceError: the proof failed and `verify` is `error`.
+    """
+    mode = SETTINGS.verify or verify
+    if mode not in VERIFY_VALUES:
+        raise CaptureError(f"graph {name!r}: unknown verify={mode!r}", expected=", ".join(VERIFY_VALUES))
+    chosen = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    context = _record(name, mode) if chosen.type == "cpu" else _capture(name, mode, chosen, pool, stream)
+    with ranges.span(f"capture {name}"), context as captured:
+        yield captured
+
+
+@contextmanager
+def _recording(machine: RecordingMachine, *modes: Any) -> Iterator[None]:
+    """Put the recorder and its machine in force, and leave no region open behind, error or not."""
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(using_machine(machine))
+            for entered in modes:
+                stack.enter_context(entered)
+            yield
+    except BaseException:
+        for region in reversed(machine.open_regions()):
+            region.abandon()
+        raise
+    left_open = machine.open_regions()
+    for region in reversed(left_open):
+        region.abandon()
+    if left_open:
+        raise CaptureError(
+            "the capture ended with regions open: " + ", ".join(repr(region) for region in left_open),
+            expected="every region joined inside the block that captures it",
+            came=f"{len(left_open)} open",
+            remedy="call region.join() before the block ends",
+        )
+
+
+@contextmanager
+def _record(name: str, mode: Verify) -> Iterator[CapturedGraph]:
+    captured = SimulatedGraph(name)
+    recorder = Recorder(allocator=AllocatorModel(), watch=mode)
+    below = InlineStreams(lambda: CALLER) if SETTINGS.disable else SimulatedStreams()
+    machine = RecordingMachine(below, recorder)
+    rng = torch.get_rng_state()
+    try:
+        with _recording(machine, _NoHostReads(), recorder):
+            yield captured
+    finally:
+        recorder.restore_outside()
+        torch.set_rng_state(rng)
+    program = recorder.finish()
+    visible = {
+        buffer: torch.empty(0, dtype=torch.uint8).set_(cast("Any", storage))
+        for buffer, storage in recorder.live_storages()
+    }
+    _close(captured, recorder, machine, program, mode)
+    captured.ready(Simulation(program, recorder.outside, visible), GraphMemory(program.arena_bytes))
+
+
+@contextmanager
+def _capture(
+    name: str, mode: Verify, device: torch.device, pool: Any, stream: torch.cuda.Stream | None
+) -> Iterator[CapturedGraph]:
+    from ..runtime.cuda import cuda_machine
+    from .cuda_capture import CudaCapture
+
+    captured = CudaGraph(name)
+    recorder = Recorder(allocator=None, watch=mode)
+    streams = cuda_machine()
+    machine = RecordingMachine(InlineStreams(streams.current_handle) if SETTINGS.disable else streams, recorder)
+    recorder.record_use = lambda tensor, _: tensor.record_stream(torch.cuda.current_stream())
+    with CudaCapture(captured.cuda_graph, device, pool, stream) as capture, _recording(machine, recorder):
+        yield captured
+    _close(captured, recorder, machine, recorder.finish(), mode)
+    captured.cuda_graph.instantiate()
+    captured.ready(GraphMemory(capture.reserved))
+
+
+def _close(captured: CapturedGraph, recorder: Recorder, machine: RecordingMachine, program: Program, mode: Verify) -> None:
+    """Attach what was recorded, prove it, and act on a failed proof."""
+    report = not_checked(program) if mode == "off" else prove(program)
+    captured.attach(program, report, machine.close(), recorder.outside)
+    if report.ok or mode == "off":
+        return
+    if mode == "error":
+        raise RaceError(f"graph {captured.name!r} is not proved free of races\n{report}", report)
+    warnings.warn(f"graph {captured.name!r} is not proved free of races\n{report}", AuxstreamWarning, stacklevel=4)

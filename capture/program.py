@@ -1,0 +1,166 @@
+"""The recorded program: what a model did, on which stream, to which bytes, in plain data.
+
+Enters: nothing; capture/record.py fills it. Leaves: `Program`, which capture/simulate.py executes, capture/proof.py
+checks (through `Program.graph`), and people read (`str`). Invariant: steps stand in program order, the order in
+which the host enqueued them; a `Wait` names the `Record` it waits for, as CUDA binds it at the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .hazards import Access, Graph
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor of the program: a strided window on a buffer. `offset`, `size`, `stride` are in elements."""
+
+    buffer: int
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def ranges(self, base: int) -> tuple[tuple[int, int], ...]:
+        """The bytes it covers, as [start, stop) with the buffer at address `base`: exact up to MOST_RUNS runs, else
+        the hull."""
+        item = self.dtype.itemsize
+        runs = [base + self.offset * item]
+        length = item
+        if 0 in self.size:
+            return ()
+        # Innermost dims first: a dim that continues the run so far lengthens it, any other repeats it.
+        dims = sorted((stride, size) for stride, size in zip(self.stride, self.size, strict=True) if size > 1 and stride)
+        repeats: list[tuple[int, int]] = []
+        for stride, size in dims:
+            if not repeats and stride * item <= length:
+                length += stride * item * (size - 1)
+            else:
+                repeats.append((stride * item, size))
+        count = 1
+        for _, size in repeats:
+            count *= size
+        if count > MOST_RUNS:
+            return ((runs[0], runs[0] + length + sum(stride * (size - 1) for stride, size in repeats)),)
+        for stride, size in repeats:
+            runs = [start + index * stride for index in range(size) for start in runs]
+        return tuple((start, start + length) for start in sorted(runs))
+
+
+MOST_RUNS = 256
+"""A tensor of more separate runs than this counts as its hull: more conservative, never less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One storage. `address` is where it lies (the allocator model's, or the GPU's own); `stream` allocated it,
+    None for memory from outside the program; `label` names the op that made it, or the outside tensor."""
+
+    address: int
+    nbytes: int
+    stream: int | None
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """An atomic operation. `args` and `kwargs` hold `TensorRef`s in place of tensors; `fresh` are the outputs it
+    allocates (None where an output aliases an argument); `reads` and `writes` are all refs it touches."""
+
+    stream: int
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    fresh: tuple[TensorRef | None, ...]
+    reads: tuple[TensorRef, ...]
+    writes: tuple[TensorRef, ...]
+    line: str
+    region: str | None
+
+    @property
+    def name(self) -> str:
+        return str(self.func).removeprefix("aten.")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A point on a stream that others may wait for; `what` says which (fork or done, and of which region)."""
+
+    stream: int
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """`stream` waits for the `Record` at step `source`."""
+
+    stream: int
+    source: int
+    what: str
+
+
+Step = Op | Record | Wait
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A whole recording."""
+
+    steps: tuple[Step, ...]
+    buffers: tuple[Buffer, ...]
+    stream_names: Mapping[int, str]
+    arena_bytes: int
+
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """Every ordering edge: stream order, and record -> wait."""
+        edges: list[tuple[int, int]] = []
+        last: dict[int, int] = {}
+        for index, step in enumerate(self.steps):
+            if step.stream in last:
+                edges.append((last[step.stream], index))
+            last[step.stream] = index
+            if isinstance(step, Wait):
+                edges.append((step.source, index))
+        return tuple(edges)
+
+    def accesses(self, step: Step) -> tuple[Access, ...]:
+        """The bytes a step reads and writes."""
+        if not isinstance(step, Op):
+            return ()
+        found: dict[tuple[int, int, bool], None] = {}
+        for refs, writes in ((step.writes, True), (step.reads, False)):
+            for ref in refs:
+                for start, stop in ref.ranges(self.buffers[ref.buffer].address):
+                    found[(start, stop, writes)] = None
+        return tuple(Access(*key) for key in found)
+
+    def graph(self) -> Graph:
+        """The plain form the hazards checker takes; node numbers are step numbers."""
+        return Graph(tuple(self.accesses(step) for step in self.steps), self.edges())
+
+    def without(self, index: int) -> Program:
+        """The program with the wait at `index` taken out: the twin that every safety test must see fail."""
+        step = self.steps[index]
+        assert isinstance(step, Wait), step
+        gone = Record(step.stream, f"{step.what} (wait removed)")
+        return Program((*self.steps[:index], gone, *self.steps[index + 1 :]), self.buffers, self.stream_names, self.arena_bytes)
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for index, step in enumerate(self.steps):
+            head = f"{index:5d} {self.stream_names.get(step.stream, step.stream)!s:8}"
+            match step:
+                case Op():
+                    made = ", ".join(f"b{ref.buffer}" for ref in step.writes)
+                    read = ", ".join(f"b{ref.buffer}" for ref in step.reads)
+                    lines.append(f"{head} {step.name}({read}) -> {made}   {step.line}")
+                case Record():
+                    lines.append(f"{head} record {step.what}")
+                case Wait():
+                    lines.append(f"{head} wait for {step.source} {step.what}")
+        return "\n".join(lines)

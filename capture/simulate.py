@@ -1,0 +1,139 @@
+"""The simulated machine: executes a recorded program on CPU, at the allocator model's addresses, in any legal order.
+
+Enters: a `Program`, outside memory, the storages the user can still see. Leaves: what a GPU could have left in them.
+One arena holds every buffer of the program where the allocator placed it, so an early free or a missing wait gives
+wrong numbers here as it does there. `first_violation` finds, with no numbers at all, races that happen to leave equal
+values: it follows which step wrote each byte last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ..runtime.errors import SimulatedFault
+from .allocator import BASE
+from .orders import Orders
+from .program import Op, Program, TensorRef
+
+POISON: Final = 0xFF
+"""Fills the arena before each replay: NaN as a float, -1 as an integer."""
+
+
+class Simulation:
+    """One program, ready to execute.
+
+    Args:
+        program: what was recorded.
+        outside: buffer number -> byte view of the memory that came from outside.
+        visible: buffer number -> byte view of each storage the user still holds; refreshed by every run.
+    """
+
+    def __init__(self, program: Program, outside: Mapping[int, Tensor], visible: Mapping[int, Tensor]) -> None:
+        self.program = program
+        self.orders = Orders([step.stream for step in program.steps], program.edges())
+        self._arena = torch.empty(max(program.arena_bytes, 1), dtype=torch.uint8)
+        self._outside = outside
+        self._visible = dict(visible)
+        self._bound = {
+            index: self._bind(step) for index, step in enumerate(program.steps) if isinstance(step, Op)
+        }
+
+    def _tensor(self, ref: TensorRef) -> Tensor:
+        item = ref.dtype.itemsize
+        if ref.buffer in self._outside:
+            storage, start = self._outside[ref.buffer].untyped_storage(), 0
+        else:
+            storage, start = self._arena.untyped_storage(), self.program.buffers[ref.buffer].address - BASE
+        return torch.empty(0, dtype=ref.dtype).set_(storage, start // item + ref.offset, ref.size, ref.stride)
+
+    def _bind(self, op: Op) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor | None]]:
+        args, kwargs = pytree.tree_map_only(TensorRef, self._tensor, (op.args, dict(op.kwargs)))
+        return args, kwargs, [None if ref is None else self._tensor(ref) for ref in op.fresh]
+
+    def run(self, order: Sequence[int]) -> None:
+        """Execute the steps in `order`.
+
+        Raises:
+            SimulatedFault: an op failed on what it read, as corrupted indices make it fail.
+        """
+        self._arena.fill_(POISON)
+        with torch.no_grad():
+            for index in order:
+                if index in self._bound:
+                    self._execute(index)
+        for buffer, view in self._visible.items():
+            start = self.program.buffers[buffer].address - BASE
+            view.copy_(self._arena[start : start + view.numel()])
+
+    def _execute(self, index: int) -> None:
+        op = self.program.steps[index]
+        assert isinstance(op, Op)
+        args, kwargs, fresh = self._bound[index]
+        try:
+            result = op.func(*args, **kwargs)
+            for target, value in zip(fresh, pytree.tree_leaves(result), strict=True):
+                if target is not None:
+                    target.copy_(value)
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise SimulatedFault(
+                f"{op.name} failed while replaying, at {op.line}", came=f"{type(error).__name__}: {error}"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """In some order, `step` met bytes last written by `found` where program order has `expected` (-1: nobody)."""
+
+    step: int
+    expected: int
+    found: int
+
+
+def _touched(program: Program) -> list[tuple[tuple[int, int], ...]]:
+    """Per step, the byte segments it touches as (segment, 1 if it writes); segments are split at every boundary."""
+    accesses = [program.accesses(step) for step in program.steps]
+    bounds = sorted({bound for step in accesses for access in step for bound in (access.start, access.stop)})
+    place = {bound: index for index, bound in enumerate(bounds)}
+    return [
+        tuple(
+            (segment, int(access.writes))
+            for access in step
+            for segment in range(place[access.start], place[access.stop])
+        )
+        for step in accesses
+    ]
+
+
+class ShadowMemory:
+    """Last-writer ids per byte, in program order and in any other."""
+
+    def __init__(self, program: Program) -> None:
+        self._touched = _touched(program)
+        self._expected: dict[tuple[int, int], int] = {}
+        for step, segment, writer in self._walk(range(len(program.steps))):
+            self._expected[step, segment] = writer
+
+    def _walk(self, order: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        last: dict[int, int] = {}
+        for step in order:
+            for segment, _ in self._touched[step]:
+                yield step, segment, last.get(segment, -1)
+            for segment, writes in self._touched[step]:
+                if writes:
+                    last[segment] = step
+
+    def first_violation(self, order: Sequence[int]) -> Violation | None:
+        """The first step that meets another last writer than in program order, or None. Writes count as meeting what
+        they overwrite, so that two swapped writes show even if nobody reads them."""
+        for step, segment, writer in self._walk(order):
+            expected = self._expected[step, segment]
+            if writer != expected:
+                return Violation(step, expected, writer)
+        return None
+

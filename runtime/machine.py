@@ -1,0 +1,103 @@
+"""What a region asks of the machine it runs on, and which machine that is.
+
+A machine turns a region's four steps into stream and event operations. Three exist: `CudaMachine` (runtime/cuda.py),
+`InlineMachine` below (no GPU, CPU tensors, or the kill switch: the branch runs on the caller's stream), and the
+recording machine of capture/record.py, which `auxstream.graph` puts in force on its own thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from .settings import SETTINGS
+
+if TYPE_CHECKING:
+    from .regions import Region
+
+
+class Machine(Protocol):
+    """The four steps of a region. Each raises, and changes nothing, when the step cannot be taken."""
+
+    compares_versions: bool
+    """Regions compare tensor versions between fork and join (a recording proves more, and does without)."""
+
+    def fork(self, region: Region) -> None:
+        """Take a lane, mark the fork point on the current stream, and record the region's reads for the lane."""
+        ...
+
+    def enter(self, region: Region) -> None:
+        """The lane waits for the fork point and becomes this thread's current stream."""
+        ...
+
+    def leave(self, region: Region) -> None:
+        """Mark the lane's done point and restore the stream that was current at `enter`."""
+        ...
+
+    def join(self, region: Region, returned: Sequence[Tensor]) -> None:
+        """The current stream waits for the done point (once per stream); `returned` are recorded for it."""
+        ...
+
+    def drop(self, region: Region) -> None:
+        """Take back what the region holds; called once, when nobody refers to it any more."""
+        ...
+
+
+class InlineMachine:
+    """Runs every branch on the caller's stream, in program order. Nothing to wait for, nothing to record."""
+
+    compares_versions = True
+
+    def fork(self, region: Region) -> None: ...
+
+    def enter(self, region: Region) -> None: ...
+
+    def leave(self, region: Region) -> None: ...
+
+    def join(self, region: Region, returned: Sequence[Tensor]) -> None: ...
+
+    def drop(self, region: Region) -> None: ...
+
+
+INLINE = InlineMachine()
+
+
+class _ThreadState(threading.local):
+    """Thread-local, as CUDA's current stream is: a context variable would leak across awaits."""
+
+    machine: Machine | None = None
+
+
+_thread = _ThreadState()
+
+
+@functools.cache
+def _process_machine() -> Machine:
+    if SETTINGS.disable or not torch.cuda.is_available():
+        return INLINE
+    from .cuda import cuda_machine
+
+    return cuda_machine()
+
+
+def current_machine() -> Machine:
+    """The machine regions of this thread run on."""
+    machine = _thread.machine
+    return _process_machine() if machine is None else machine
+
+
+@contextmanager
+def using_machine(machine: Machine) -> Iterator[None]:
+    """Put `machine` in force on this thread for the block."""
+    before = _thread.machine
+    _thread.machine = machine
+    try:
+        yield
+    finally:
+        _thread.machine = before

@@ -1,0 +1,300 @@
+"""Regions: a branch on an auxiliary stream, handed off and back by events.
+
+    region = fork("shared_expert", x)      FORKED    the fork point is marked on the caller's stream
+    with region:                           RUNNING   a lane, which waits for the fork point
+        y = region.returns(mlp(x))
+                                           LEFT      the done point is marked on the lane
+    region.join()                          JOINED    the current stream waits for the done point
+
+Enters: tensors (any pytree) the branch will read or write. Leaves: the same Python values, safe to use on every
+stream that joined. Invariant: the host never waits, and a region's steps happen in the order above or raise.
+This file is the eager hot path: no environment, no allocation beyond the region itself, no logging.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Final, Literal, TypeVar
+
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from . import ranges
+from .errors import AuxstreamWarning, RegionError, UndeclaredAccessError
+from .machine import INLINE, Machine, current_machine
+
+T = TypeVar("T")
+
+
+class State(enum.Enum):
+    """A region's life."""
+
+    FORKED = "forked"  # fork(): the lane is taken, the fork point marked
+    RUNNING = "running"  # __enter__: the lane is current
+    LEFT = "left"  # __exit__: the caller's stream is current again, the done point marked
+    JOINED = "joined"  # first join(): the lane may serve another region; further streams may still join
+
+
+_FORKED: Final = State.FORKED
+_RUNNING: Final = State.RUNNING
+_LEFT: Final = State.LEFT
+_JOINED: Final = State.JOINED
+_NOTHING: Final[tuple[Any, ...]] = ()
+
+
+class Region:
+    """One branch on an auxiliary stream. Made by `fork`; see the module's picture for its life."""
+
+    __slots__ = (
+        "__weakref__",
+        "_returned",
+        "_versions",
+        "event",
+        "held",
+        "held_returns",
+        "joined_by",
+        "lane",
+        "machine",
+        "name",
+        "outer",
+        "priority",
+        "recorded",
+        "state",
+        "writes",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        machine: Machine,
+        recorded: Sequence[Tensor],
+        held: Sequence[Tensor],
+        writes: Sequence[Tensor],
+        priority: int,
+    ) -> None:
+        self.name = name
+        self.machine = machine
+        self.recorded = recorded
+        self.held = held
+        self.writes = writes
+        self.priority = priority
+        self.state = _FORKED
+        self.lane: Any = None  # these four belong to the machine
+        self.event: Any = None
+        self.outer: Any = None
+        self.joined_by: Any = None
+        self.held_returns: Sequence[Tensor] = _NOTHING  # results a compiled graph proved safe without recording
+        self._returned: list[Tensor] = []
+        self._versions: list[int] | None = None
+
+    def __repr__(self) -> str:
+        return f"<auxstream region {self.name!r}, {self.state.value}>"
+
+    def __enter__(self) -> Region:
+        if self.state is not _FORKED:
+            raise self._illegal("entered", "a freshly forked region", "fork a new region for each branch")
+        self.machine.enter(self)
+        self.state = _RUNNING
+        if ranges.ENABLED:
+            ranges.push(self.name if self.lane is None else f"{self.name} [{self.lane.name}]")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self.state is not _RUNNING:
+            raise self._illegal("left", "a running region", "leave a region once, by ending its `with` block")
+        if ranges.ENABLED:
+            ranges.pop()
+        self.machine.leave(self)
+        self.state = _LEFT
+        if error is not None:
+            # Unwinding drops the tensors the branch was reading: wait first. Versions are not compared here,
+            # or a second error would hide the user's.
+            self.machine.join(self, self._returned)
+            self._close()
+
+    def returns(self, values: T) -> T:
+        """Declare what the branch hands back (any pytree of tensors and other leaves); returned unchanged."""
+        if self.state is not _RUNNING:
+            raise self._illegal("asked to return values", "a running region", "call returns() inside the `with` block")
+        if isinstance(values, Tensor):
+            self._returned.append(values)
+        else:
+            self._returned.extend(leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
+        return values
+
+    def join(self) -> None:
+        """Make the current stream wait, on the device, until the branch is done. Again on the same stream: no-op.
+
+        Raises:
+            RegionError: the region was not left yet.
+            UndeclaredAccessError: a tensor the branch reads was written between fork and join (eager only).
+        """
+        if self.state is not _LEFT and self.state is not _JOINED:
+            raise self._illegal("joined", "a region whose branch has run", "join after its `with` block")
+        self.machine.join(self, self._returned)
+        if self.state is _LEFT:
+            versions = self._versions
+            if versions is not None:
+                for position, tensor in enumerate(self.recorded):
+                    if versions[position] >= 0 and tensor._version != versions[position]:
+                        self._close()
+                        raise self._undeclared_write(position)
+            self._close()
+
+    def abandon(self) -> None:
+        """Give up a region on the way out of an error: wait for its branch if it ran, forget it if it did not."""
+        if self.state is _RUNNING:
+            self.machine.leave(self)
+            self.state = _LEFT
+        if self.state is _LEFT:
+            self.machine.join(self, self._returned)
+        self._close()
+
+    def _close(self) -> None:
+        self.state = _JOINED
+        self.recorded = self.held = self.held_returns = self.writes = _NOTHING
+        self._versions = None
+
+    def _snapshot_versions(self) -> None:
+        written = {tensor.untyped_storage()._cdata for tensor in self.writes} if self.writes else _NOTHING
+        self._versions = [
+            -1
+            if tensor.is_inference() or (written and tensor.untyped_storage()._cdata in written)
+            else tensor._version
+            for tensor in self.recorded
+        ]
+
+    def _undeclared_write(self, position: int) -> UndeclaredAccessError:
+        return UndeclaredAccessError(
+            f"region {self.name!r}: the tensor declared as read #{position} was written between fork and join",
+            expected="tensors a branch reads stay unwritten until the region is joined",
+            came="an in-place write, on the branch or on the caller's stream",
+            remedy=f"declare it: fork({self.name!r}, ..., writes=tensor), and touch it on one side only until join()",
+        )
+
+    def _illegal(self, step: str, expected: str, remedy: str) -> RegionError:
+        return RegionError(
+            f"region {self.name!r} cannot be {step}", expected=expected, came=f"{self.state.value}", remedy=remedy
+        )
+
+    def __del__(self) -> None:
+        machine = getattr(self, "machine", None)
+        if machine is None:
+            return
+        machine.drop(self)
+        if self.state is not _JOINED:
+            warnings.warn(
+                f"region {self.name!r} was dropped while {self.state.value}: nobody waited for its branch. "
+                "Call join() before its results are used.",
+                AuxstreamWarning,
+                stacklevel=2,
+            )
+
+
+def open_region(
+    name: str,
+    *,
+    recorded: Sequence[Tensor] = (),
+    held: Sequence[Tensor] = (),
+    writes: Sequence[Tensor] = (),
+    priority: int = 0,
+) -> Region:
+    """Fork with the lifetimes spelled out, for compiled graphs: `held` tensors are kept alive until the join by the
+    caller's own references and need no `record_stream`; `recorded` ones get it."""
+    return _forked(Region(name, current_machine(), recorded, held, writes, priority))
+
+
+def fork(name: str, *reads: Any, writes: Any = (), priority: int = 0) -> Region:
+    """Mark the point on the current stream from which a branch may run on an auxiliary stream.
+
+    Args:
+        name: the region's name, for messages, settings and profiles.
+        reads: tensors the branch reads that the caller's stream (or another lane) produced; any pytree.
+        writes: tensors the branch mutates; any pytree.
+        priority: CUDA stream priority of the lane (0, or negative for more urgent; clamped to the device's range).
+
+    Every declared tensor is recorded for the lane with `record_stream`, in eager and while capturing.
+
+    Raises:
+        RegionError: a read that is no tensor, or a tensor on another device than the current one.
+    """
+    tensors: list[Tensor] = []
+    for value in reads:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        else:
+            tensors.extend(_tensors(name, value, "read"))
+    written = _tensors(name, writes, "write") if writes is not _NOTHING else _NOTHING
+    machine = current_machine()
+    compares = machine.compares_versions
+    if compares and tensors and not tensors[0].is_cuda and _all_on_cpu(tensors, written):
+        machine = INLINE
+    region = Region(name, machine, [*tensors, *written] if written else tensors, _NOTHING, written, priority)
+    if compares:
+        region._snapshot_versions()
+    return _forked(region)
+
+
+def _forked(region: Region) -> Region:
+    try:
+        region.machine.fork(region)
+    except BaseException:
+        region.state = _JOINED  # never forked: nothing to wait for, nothing to warn of
+        raise
+    return region
+
+
+def _all_on_cpu(*groups: Sequence[Tensor]) -> bool:
+    return all(tensor.device.type == "cpu" for group in groups for tensor in group)
+
+
+def _tensors(name: str, tree: Any, role: Literal["read", "write"]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif leaf is not None:
+            where = pytree.keystr(path)
+            raise RegionError(
+                f"region {name!r}: a {role}{' at ' + where if where else ''} is no tensor",
+                expected="tensors, in any nesting of lists, tuples and dicts; None is skipped",
+                came=f"{type(leaf).__name__} {leaf!r}"[:120],
+                remedy=f"pass only the tensors the branch {role}s; Python values need no declaration",
+            )
+    return found
+
+
+def aux_region(name: str, *reads: Any, writes: Any = (), priority: int = 0) -> Region:
+    """Fork, to be entered at once: `with aux_region("shared", x) as region: ...`; `region.join()` stays explicit."""
+    return fork(name, *reads, writes=writes, priority=priority)
+
+
+def parallel(
+    caller: Callable[[], Any],
+    *branches: Callable[[], Any],
+    reads: Any = (),
+    writes: Any = (),
+    name: str = "parallel",
+) -> tuple[Any, ...]:
+    """Run `caller` on the current stream and each of `branches` on an auxiliary stream; join all.
+
+    Returns the results in argument order. If one raises, every region already forked is joined before the error
+    leaves. `reads` and `writes` hold for every branch.
+    """
+    names = [name] if len(branches) == 1 else [f"{name}.{index}" for index in range(len(branches))]
+    regions = [fork(each, reads, writes=writes) for each in names]
+    pending = list(regions)
+    try:
+        results = [caller()]
+        for region, branch in zip(regions, branches, strict=True):
+            with region:
+                results.append(region.returns(branch()))
+        while pending:
+            pending.pop(0).join()
+        return tuple(results)
+    finally:
+        for region in pending:
+            region.abandon()
