@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..capture import CapturedGraph, CompiledModel, Options, Report, compile, graph
-    from ..runtime import AuxstreamError, AuxstreamWarning, Region, aux_region, fork, parallel
+    from .capture import CapturedGraph, CompiledModel, Options, Report, compile, graph
+    from .runtime import AuxstreamError, AuxstreamWarning, Region, aux_region, fork, parallel
 
 _HOMES = {
     "AuxstreamError": "runtime",

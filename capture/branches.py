@@ -3,9 +3,9 @@
 Enters: a graph. Leaves: `BranchPair`s: at a join node, what only one operand needs against what only the others need.
 With A_i for the ancestors of operand i, itself included, and mutation edges counted like data:
     X_i = A_i minus the other A_j        Y_i = the other A_j minus A_i
-Invariant: no node of X reaches one of Y or the reverse (x before y in A_j would put x in A_j), and each is convex (what
-lies between two nodes of X is in A_i, and were it in A_j so would be the first). So each side can be enqueued as a whole.
-No op is known by name.
+Invariant: no node of X reaches one of Y or the reverse (x before y in A_j would put x in A_j), and each is convex
+(what lies between two nodes of X is in A_i, and were it in A_j so would be the first). So each side can be enqueued as
+a whole. No op is known by name.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def candidates(flow: Dataflow) -> Iterator[Candidate]:
     for position, node in enumerate(flow.nodes):
         if node.op in ("get_attr", "placeholder", "output"):
             dropped |= 1 << position
-        elif not flow.reads[node] and not flow.writes[node]:
+        elif flow.is_view(node):
             views |= 1 << position
     for position, join in enumerate(flow.nodes):
         if join.op != "call_function" or (flow.barriers | dropped) >> position & 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,34 @@ from ..runtime.lanes import LanePool
 def _capture_streams(device: int) -> LanePool:
     """Streams captures begin on; reused, so that cuBLAS keeps one workspace for them."""
     return LanePool(device, 0)
+
+
+class CaptureStream:
+    """The stream a model is warmed up and captured on, taken for a block. Warm-up and capture must share streams (and
+    the lanes, which come lowest first in both), or cuBLAS would allocate its workspaces inside the capture."""
+
+    def __init__(self, device: torch.device) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._lane = _capture_streams(index).take(0, 0)
+        self.torch_stream = self._lane.torch_stream
+
+    def __enter__(self) -> CaptureStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lane.pool.give_back(self._lane)
+
+    def warm_up(self, run: Callable[[], object], times: int) -> None:
+        """Run eagerly on this stream; the caller's stream waits for it, on the device."""
+        caller = torch.cuda.current_stream(self.torch_stream.device)
+        self.torch_stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(self.torch_stream):
+                for _ in range(times):
+                    run()
+        finally:  # a graph module that fails inside a region leaves its lane current
+            torch.cuda.set_stream(caller)
+        caller.wait_stream(self.torch_stream)
 
 
 class CudaCapture:
@@ -54,6 +83,7 @@ class CudaCapture:
         assert stream is not None
         stream.wait_stream(self._caller)
         self._reserved_before = torch.cuda.memory_reserved(self._device)
+        self._stream = stream
         self._rng = self._generator.clone_state()
         self._collecting = gc.isenabled()
         gc.disable()  # a collection in mid-capture would free blocks at moments that differ from run to run
@@ -66,6 +96,7 @@ class CudaCapture:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        torch.cuda.set_stream(self._stream)  # the block may have leaked a switch, and a capture ends where it began
         try:
             self._graph.capture_end()
         except BaseException as end_error:

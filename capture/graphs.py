@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..runtime import ranges
-from ..runtime.errors import AuxstreamWarning, CaptureError, RaceError
-from ..runtime.machine import using_machine
+from ..runtime.errors import AuxstreamError, AuxstreamWarning, CaptureError, RaceError
+from ..runtime.machine import thread_state, using_machine
 from ..runtime.settings import SETTINGS, VERIFY_VALUES, Verify
 from .allocator import AllocatorModel
 from .program import Program
@@ -184,6 +184,20 @@ def graph(
     if mode not in VERIFY_VALUES:
         raise CaptureError(f"graph {name!r}: unknown verify={mode!r}", expected=", ".join(VERIFY_VALUES))
     chosen = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type != "cpu" and not (chosen.type == "cuda" and torch.cuda.is_available()):
+        raise CaptureError(
+            f"graph {name!r} cannot capture on device {str(chosen)!r}",
+            expected="a CUDA device of this machine, or 'cpu' for the simulated machine",
+            came=f"{str(chosen)!r}, where torch.cuda.is_available() is {torch.cuda.is_available()}",
+            remedy="leave `device` out: the GPU if there is one, else the simulated machine",
+        )
+    if isinstance(thread_state.machine, RecordingMachine):
+        raise CaptureError(
+            f"graph {name!r} begins inside another capture",
+            expected="one auxstream.graph at a time on a thread",
+            came="a nested one",
+            remedy="end the outer block first, or use regions (auxstream.fork) alone inside it",
+        )
     context = _record(name, mode) if chosen.type == "cpu" else _capture(name, mode, chosen, pool, stream)
     with ranges.span(f"capture {name}"), context as captured:
         yield captured
@@ -192,26 +206,34 @@ def graph(
 @contextmanager
 def _recording(machine: RecordingMachine, *modes: Any) -> Iterator[None]:
     """Put the recorder and its machine in force, and leave no region open behind, error or not."""
+    machine.begin()
     try:
         with ExitStack() as stack:
             stack.enter_context(using_machine(machine))
             for entered in modes:
                 stack.enter_context(entered)
             yield
-    except BaseException:
-        for region in reversed(machine.open_regions()):
-            region.abandon()
+    except BaseException as error:
+        _abandon(machine, error)
         raise
-    left_open = machine.open_regions()
-    for region in reversed(left_open):
-        region.abandon()
-    if left_open:
-        raise CaptureError(
-            "the capture ended with regions open: " + ", ".join(repr(region) for region in left_open),
+    if left_open := machine.open_regions():
+        error = CaptureError(
+            "the capture ended with regions open: " + ", ".join(f"{region.name!r}" for region in left_open),
             expected="every region joined inside the block that captures it",
-            came=f"{len(left_open)} open",
+            came=", ".join(f"{region.name!r} {region.state.value}" for region in left_open),
             remedy="call region.join() before the block ends",
         )
+        _abandon(machine, error)
+        raise error
+
+
+def _abandon(machine: RecordingMachine, error: BaseException) -> None:
+    """Close the regions that are open when `error` ends the capture; what goes wrong then is noted on it."""
+    for region in reversed(machine.open_regions()):
+        try:
+            region.abandon()
+        except AuxstreamError as refusal:
+            error.add_note(f"while giving up region {region.name!r}: {refusal}")
 
 
 @contextmanager
@@ -228,10 +250,11 @@ def _record(name: str, mode: Verify) -> Iterator[CapturedGraph]:
         recorder.restore_outside()
         torch.set_rng_state(rng)
     program = recorder.finish()
-    visible = {
-        buffer: torch.empty(0, dtype=torch.uint8).set_(cast("Any", storage))
-        for buffer, storage in recorder.live_storages()
-    }
+    with torch.inference_mode(False):
+        visible = {
+            buffer: torch.empty(0, dtype=torch.uint8).set_(cast("Any", storage))
+            for buffer, storage in recorder.live_storages()
+        }
     _close(captured, recorder, machine, program, mode)
     captured.ready(Simulation(program, recorder.outside, visible), GraphMemory(program.arena_bytes))
 
@@ -240,12 +263,13 @@ def _record(name: str, mode: Verify) -> Iterator[CapturedGraph]:
 def _capture(
     name: str, mode: Verify, device: torch.device, pool: Any, stream: torch.cuda.Stream | None
 ) -> Iterator[CapturedGraph]:
-    from ..runtime.cuda import cuda_machine
+    from ..runtime.cuda import CudaMachine, cuda_machine
     from .cuda_capture import CudaCapture
 
     captured = CudaGraph(name)
     recorder = Recorder(allocator=None, watch=mode)
-    streams = cuda_machine()
+    # A CUDA machine put in force on this thread (a negative control) is the one whose steps are recorded.
+    streams = thread_state.machine if isinstance(thread_state.machine, CudaMachine) else cuda_machine()
     machine = RecordingMachine(InlineStreams(streams.current_handle) if SETTINGS.disable else streams, recorder)
     recorder.record_use = lambda tensor, _: tensor.record_stream(torch.cuda.current_stream())
     with CudaCapture(captured.cuda_graph, device, pool, stream) as capture, _recording(machine, recorder):
@@ -258,7 +282,7 @@ def _capture(
 def _close(captured: CapturedGraph, recorder: Recorder, machine: RecordingMachine, program: Program, mode: Verify) -> None:
     """Attach what was recorded, prove it, and act on a failed proof."""
     report = not_checked(program) if mode == "off" else prove(program)
-    captured.attach(program, report, machine.close(), recorder.outside)
+    captured.attach(program, report, tuple(machine.names), recorder.outside)
     if report.ok or mode == "off":
         return
     if mode == "error":

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch.fx
 from torch import Tensor
+from torch.fx import node as fx_node
 
 from ..runtime.regions import Region, open_region
 
@@ -31,7 +31,7 @@ def region_fork(
     name: str, recorded: Sequence[Tensor], held: Sequence[Tensor], priority: int = 0, writes: Sequence[Tensor] = ()
 ) -> Region:
     """Fork: `recorded` get `record_stream`, `held` outlive the join by the graph's own references."""
-    return open_region(name, recorded=recorded, held=held, writes=writes, priority=priority)
+    return open_region(name, recorded=recorded, held=held, priority=priority)
 
 
 def region_enter(region: Region) -> None:
@@ -48,6 +48,7 @@ def region_leave(region: Region, recorded_outputs: Sequence[Tensor]) -> None:
 
 def region_join(region: Region, outputs: Sequence[Tensor], reads: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The current stream waits; returns `outputs`. `reads` only lengthen lives: see the module's docstring."""
+    region.held_returns = outputs
     region.join()
     return tuple(outputs)
 
@@ -56,4 +57,4 @@ REGION_OPS: tuple[Callable[..., Any], ...] = (region_fork, region_enter, region_
 """In the order a region runs through them."""
 
 for _op in REGION_OPS:
-    cast(Callable[[Any], Any], torch.fx.node.has_side_effect)(_op)
+    cast(Callable[[Any], Any], fx_node.has_side_effect)(_op)

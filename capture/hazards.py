@@ -20,7 +20,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -88,7 +88,6 @@ class Order:
         self.chain: list[int] = [NOBODY] * nodes
         self.position: list[int] = [NOBODY] * nodes  # within the chain
         self.clocks: list[Clock] = [array("i")] * nodes
-        self.chains: int = 0
 
         predecessors: list[list[int]] = [[] for _ in range(nodes)]
         for source, target in edges:
@@ -96,7 +95,7 @@ class Order:
         tails: list[int] = []  # per chain, the position of its last node
         for node in self.topological:
             self._place(node, predecessors[node], tails)
-        self.chains = len(tails)
+        self.chains: int = len(tails)
 
     def before(self, a: int, b: int) -> bool:
         """Whether a path leads from `a` to `b`; False for a == b."""
@@ -110,11 +109,8 @@ class Order:
         """Give `node` its clock and its chain; its predecessors have theirs."""
         chains, positions = self.chain, self.position
         # The first predecessor that ends a chain is continued: listing stream order first makes chains of streams.
-        own = next((chains[p] for p in predecessors if positions[p] == tails[chains[p]]), NOBODY)
-        clock: Clock = array("i")
-        for p in predecessors:  # clocks of one chain grow along it, so starting from the tail's saves joins
-            if chains[p] == own and positions[p] == tails[own]:
-                clock = self.clocks[p]
+        tail = next((p for p in predecessors if positions[p] == tails[chains[p]]), NOBODY)
+        own, clock = (NOBODY, array("i")) if tail == NOBODY else (chains[tail], self.clocks[tail])
         for p in predecessors:
             chain, position = chains[p], positions[p]
             if chain == own or (chain < len(clock) and clock[chain] >= position):
@@ -207,9 +203,10 @@ class _Block:
     """Neighbouring segments, at least one, sorted by start.
 
     Reads over many segments. A key/value cache is written row by row and read as a whole: visiting every row per read
-    is quadratic. So a read over a whole block that is ordered after all `writers` (per chain the last one to write in
-    the block: overwritten ones may linger, which costs time, not truth) is left in `pending`, on behalf of every
-    segment. It must be settled before any segment's history is looked at or replaced, or a write would miss it.
+    is quadratic. So a read over a whole block that is ordered after all `writers` (per chain the last to write in the
+    block, overwritten or not: where nothing races, what follows a write follows those it overwrote) is left in
+    `pending` on behalf of every segment. It must be settled before any segment's history is looked at or replaced, or
+    a write would miss it.
     """
 
     __slots__ = ("pending", "segments", "starts", "writers")
@@ -257,8 +254,7 @@ class _History:
         segments = [_Segment(start, stop) for start, stop in written]
         self._blocks = [_Block(segments[i : i + BLOCK], {}) for i in range(0, len(segments), BLOCK)]
         self._starts = [block.starts[0] for block in self._blocks]
-        self._node = NOBODY
-        self._chain = NOBODY
+        self._node, self._chain = NOBODY, NOBODY
         self._clock: Clock = array("i")
         self.races: dict[tuple[int, int, bool, bool], list[Span]] = {}
 
@@ -270,7 +266,7 @@ class _History:
 
     def read(self, start: int, stop: int) -> None:
         """[start, stop) is read: each byte's last write must be ordered before."""
-        index = self._locate(start)
+        index = max(bisect_right(self._starts, start) - 1, 0)
         while index < len(self._blocks) and self._starts[index] < stop:
             block = self._blocks[index]
             whole = start <= block.starts[0] and block.segments[-1].stop <= stop
@@ -284,14 +280,12 @@ class _History:
                 if segment.writer != NOBODY and not self._ordered(segment.writer):
                     self._race(segment.writer, segment, True, False)
                 segment.readers = self._joined_by_node(segment.readers)
-            if whole:  # drop overwritten writers, or one stale race would send every later read down this path
-                block.writers = self._last_writers(block.segments)
             index += self._halve(index)
 
     def write(self, start: int, stop: int) -> None:
         """[start, stop) is written: all that touched it must be ordered before, and is then forgotten."""
         home: _Segment | None = None
-        index = self._locate(start)
+        index = max(bisect_right(self._starts, start) - 1, 0)
         while index < len(self._blocks) and self._starts[index] < stop:
             block = self._blocks[index]
             self._settle(block)
@@ -324,24 +318,14 @@ class _History:
         return chain < len(self._clock) and self._clock[chain] >= self._order.position[earlier]
 
     def _follows(self, block: _Block) -> bool:
-        """Whether the current node is ordered after all writers of the block: at once if it follows a pending read."""
-        if any(map(self._ordered, block.pending)):
-            return True
-        return all(map(self._ordered, block.writers.values()))
+        """Whether the current node is ordered after all writers of the block: surely if it follows a pending read."""
+        return any(map(self._ordered, block.pending)) or all(map(self._ordered, block.writers.values()))
 
     def _joined_by_node(self, readers: tuple[int, ...]) -> tuple[int, ...]:
         """Readers and the current node, less those ordered before it: what follows the node follows them."""
         if len(readers) < 2 and all(map(self._ordered, readers)):
             return (self._node,)
         return (*(reader for reader in readers if not self._ordered(reader)), self._node)
-
-    def _last_writers(self, segments: list[_Segment]) -> dict[int, int]:
-        chains, positions = self._order.chain, self._order.position
-        last: dict[int, int] = {}
-        for writer in {segment.writer for segment in segments} - {NOBODY}:
-            if positions[writer] >= positions[last.get(chains[writer], writer)]:
-                last[chains[writer]] = writer
-        return last
 
     def _settle(self, block: _Block) -> None:
         """Hand each segment the reads left for it; they are later than all of its own."""
@@ -361,9 +345,6 @@ class _History:
         pair = (earlier, self._node, earlier_writes, writes)
         self.races.setdefault(pair, []).append((segment.start, segment.stop))
 
-    def _locate(self, start: int) -> int:
-        return max(bisect_right(self._starts, start) - 1, 0)
-
     def _halve(self, index: int) -> int:
         """Split a block that grew too long; how many blocks the walk must step over."""
         block = self._blocks[index]
@@ -376,7 +357,7 @@ class _History:
         return 2
 
 
-def _union(spans: list[Span]) -> list[Span]:
+def _union(spans: Iterable[Span]) -> list[Span]:
     """The same bytes as disjoint spans that do not touch, sorted."""
     merged: list[Span] = []
     for start, stop in sorted(spans):
@@ -388,14 +369,11 @@ def _union(spans: list[Span]) -> list[Span]:
 
 
 def _written(graph: Graph) -> list[Span]:
-    spans: set[Span] = set()
     for node, accesses in enumerate(graph.accesses):
         for access in accesses:
             if access.start > access.stop:
                 raise ValueError(f"expected byte ranges with start <= stop, got {access} in node {node}")
-            if access.writes and access.start < access.stop:
-                spans.add((access.start, access.stop))
-    return _union(list(spans))
+    return _union({(a.start, a.stop) for accesses in graph.accesses for a in accesses if a.writes and a.start < a.stop})
 
 
 def find_hazards(graph: Graph) -> list[Hazard]:

@@ -18,13 +18,16 @@ from .hazards import Access, Graph
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor of the program: a strided window on a buffer. `offset`, `size`, `stride` are in elements."""
+    """A tensor of the program: a strided window on a buffer. `offset`, `size`, `stride` are in elements; `conj` and
+    `neg` are torch's lazy conjugation and negation."""
 
     buffer: int
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    conj: bool = False
+    neg: bool = False
 
     def ranges(self, base: int) -> tuple[tuple[int, int], ...]:
         """The bytes it covers, as [start, stop) with the buffer at address `base`: exact up to MOST_RUNS runs, else

@@ -13,6 +13,7 @@ is not, it is an error. Ordering edges are never added behind the user's back.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,14 +23,17 @@ from typing import Any, Final
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from ..runtime.errors import AuxstreamWarning, CaptureError, HostReadError, UndeclaredAccessError
 from ..runtime.settings import Verify
 from .allocator import AllocatorModel
 from .program import Buffer, Op, Program, Record, Step, TensorRef, Wait
 
-_ROOTS: Final = (str(Path(torch.__file__).parent), *(str(Path(__file__).parent.parent / p) for p in ("runtime", "capture")))
+_ROOTS: Final = tuple(
+    f"{folder}{os.sep}"
+    for folder in (Path(torch.__file__).parent, *(Path(__file__).parent.parent / p for p in ("runtime", "capture")))
+)
 
 # In-place ops that overwrite without reading; every other written argument counts as read too.
 _OVERWRITES: Final = frozenset({"copy_", "fill_", "zero_", "uniform_", "normal_", "random_", "exponential_", "bernoulli_"})
@@ -40,6 +44,11 @@ _HIDDEN_WRITES: Final[Mapping[str, tuple[int, ...]]] = {
     "aten::cudnn_batch_norm": (3, 4),
     "aten::miopen_batch_norm": (3, 4),
 }
+
+_aten: Final = torch.ops.aten
+
+# Writing through a mask counts its elements on the host, unless one value goes everywhere.
+_MASKED_WRITES: Final = frozenset({_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default})
 
 
 def source_line() -> str:
@@ -95,6 +104,7 @@ class Recorder(TorchDispatchMode):
         self._clocks: dict[int, dict[int, int]] = {}
         self._marks: dict[int, dict[int, int]] = {}  # record step -> clock
         self._saved: dict[int, Tensor] = {}  # outside buffer -> its bytes before the recording
+        self._generators: dict[torch.Generator, Tensor] = {}  # the user's own generators -> their states before
 
     # -- ordering ------------------------------------------------------------------------------------------------
 
@@ -148,7 +158,8 @@ class Recorder(TorchDispatchMode):
         buffer = len(self.buffers)
         self.buffers.append(Buffer(storage.data_ptr(), storage.nbytes(), None, label or f"outside tensor {tuple(tensor.shape)}"))
         self._storages[storage._cdata] = _Storage(storage, buffer)
-        self.outside[buffer] = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        with torch.inference_mode(False):  # or replays outside of it could not write there
+            self.outside[buffer] = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
         return buffer
 
     def _allocate(self, tensor: Tensor, stream: int, label: str) -> int:
@@ -163,7 +174,13 @@ class Recorder(TorchDispatchMode):
     def ref(self, tensor: Tensor) -> TensorRef:
         """The plain form of a tensor the recording knows, or of an outside one."""
         return TensorRef(
-            self.buffer_of(tensor), int(tensor.storage_offset()), tuple(tensor.size()), tuple(tensor.stride()), tensor.dtype
+            self.buffer_of(tensor),
+            int(tensor.storage_offset()),
+            tuple(tensor.size()),
+            tuple(tensor.stride()),
+            tensor.dtype,
+            tensor.is_conj(),
+            tensor.is_neg(),
         )
 
     def live_storages(self) -> Iterator[tuple[int, torch.UntypedStorage]]:
@@ -178,25 +195,38 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if func is torch.ops.aten.record_stream.default:
+        if func is _aten.record_stream.default:
             return func(*args, **kwargs)
-        self._refuse_host_traffic(func, kwargs, tensors)
+        if any(map(is_traceable_wrapper_subclass, tensors)):
+            return NotImplemented  # the subclass unwraps itself, and its inner ops come here
+        with self:  # in inference mode ops arrive whole that elsewhere arrive in parts
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        if func is _aten.lift_fresh.default and self.allocator is not None:
+            with self:  # torch.tensor(...): made anew by every replay, as if the block ran again
+                return args[0].clone()
+        self._refuse_host_traffic(func, args, kwargs, tensors)
+        self._refuse_layouts(func, tensors)
         self.sweep()
         mine = [tensor for tensor in tensors if tensor.device.type == self.device_type]
         reads, writes = self._split(func, args, kwargs)
         stream = self.current()
-        self._watch_reads(func, mine, stream)
+        views = func.is_view or torch.Tag.inplace_view in func.tags  # such ops look at metadata alone
+        if not views:
+            self._watch_reads(func, mine, stream)
         if self.allocator is not None:
-            self._save(writes)
+            self._save(() if views else writes, kwargs)
         read_refs = tuple(self.ref(tensor) for tensor in reads)
         write_refs = tuple(self.ref(tensor) for tensor in writes)
         plain_args, plain_kwargs = pytree.tree_map_only(
             Tensor, lambda leaf: self.ref(leaf) if leaf.device.type == self.device_type else leaf, (args, kwargs)
         )
         result = func(*args, **kwargs)
-        fresh = self._fresh(result, stream, str(func).removeprefix("aten."))
+        self._refuse_resizing(func, writes)
+        fresh = self._fresh(result, stream, func)
         made = tuple(ref for ref in fresh if ref is not None)
-        if not made and not write_refs:
+        if not made and (views or not (write_refs or (read_refs and result is None))):
             return result  # a view, or an op on the host: it touches no byte of the program
         self._append(
             Op(stream, func, plain_args, plain_kwargs, fresh, read_refs, (*made, *write_refs), source_line(), self.region)
@@ -225,9 +255,12 @@ class Recorder(TorchDispatchMode):
                 reads.extend(found)
         return reads, writes
 
-    def _fresh(self, result: Any, stream: int, label: str) -> tuple[TensorRef | None, ...]:
+    def _fresh(self, result: Any, stream: int, func: Any) -> tuple[TensorRef | None, ...]:
         fresh: list[TensorRef | None] = []
-        for leaf in pytree.tree_leaves(result):
+        label = str(func).removeprefix("aten.")
+        leaves = pytree.tree_leaves(result)
+        self._refuse_layouts(func, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        for leaf in leaves:
             if not isinstance(leaf, Tensor) or leaf.device.type != self.device_type:
                 fresh.append(None)
                 continue
@@ -237,8 +270,11 @@ class Recorder(TorchDispatchMode):
             fresh.append(None if known else self.ref(leaf))
         return tuple(fresh)
 
-    def _save(self, writes: Sequence[Tensor]) -> None:
+    def _save(self, writes: Sequence[Tensor], kwargs: Mapping[str, Any]) -> None:
         """Recording on CPU computes for real: keep the bytes of outside memory before its first write."""
+        generator = kwargs.get("generator")
+        if generator is not None and generator not in self._generators:
+            self._generators[generator] = generator.get_state()
         for tensor in writes:
             buffer = self.buffer_of(tensor)
             if self.buffers[buffer].stream is None and buffer not in self._saved:
@@ -246,9 +282,12 @@ class Recorder(TorchDispatchMode):
 
     def restore_outside(self) -> None:
         """Undo what recording did to outside memory: a capture runs nothing."""
-        for buffer, before in self._saved.items():
+        for buffer, before in reversed(self._saved.items()):  # two storages may share memory, as numpy's can
             self.outside[buffer].copy_(before)
+        for generator, state in self._generators.items():
+            generator.set_state(state)
         self._saved.clear()
+        self._generators.clear()
 
     # -- rules ---------------------------------------------------------------------------------------------------
 
@@ -285,11 +324,34 @@ class Recorder(TorchDispatchMode):
                 stacklevel=3,
             )
 
-    def _refuse_host_traffic(self, func: Any, kwargs: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:
-        tags = func.tags
-        if torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags:
-            if any(tensor.device.type == self.device_type for tensor in tensors):
-                raise host_read(str(func))
+    def _refuse_layouts(self, func: Any, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            if tensor.layout is not torch.strided or tensor.is_quantized:
+                raise CaptureError(
+                    f"{func} takes or makes a tensor that is not plain strided memory, at {source_line()}",
+                    expected="dense strided tensors",
+                    came=f"layout {tensor.layout}, dtype {tensor.dtype}",
+                    remedy="convert it before the capture (to_dense, dequantize)",
+                )
+
+    def _refuse_resizing(self, func: Any, written: Sequence[Tensor]) -> None:
+        for tensor in written:
+            storage = tensor.untyped_storage()
+            known = self._storages.get(storage._cdata)
+            if known is not None and storage.nbytes() != self.buffers[known.buffer].nbytes:
+                before, after = self.buffers[known.buffer].nbytes, storage.nbytes()
+                raise CaptureError(
+                    f"{func} resizes a tensor's memory inside a capture, at {source_line()}",
+                    expected="tensors that keep the size they were made with",
+                    came=f"{before} bytes that became {after}",
+                    remedy="make it at its final size, or use the op's result in place of out=",
+                )
+
+    def _refuse_host_traffic(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Sequence[Tensor]
+    ) -> None:
+        if _reads_values(func, args) and any(tensor.device.type == self.device_type for tensor in tensors):
+            raise host_read(str(func))
         if self.device_type == "cpu":
             return
         device = kwargs.get("device")
@@ -314,6 +376,14 @@ class Recorder(TorchDispatchMode):
         self.sweep()
         arena = self.allocator.reserved if self.allocator is not None else 0
         return Program(tuple(self.steps), tuple(self.buffers), dict(self.stream_names), arena)
+
+
+def _reads_values(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the host must know values to launch `func`. Indexing is tagged so for the sake of masks alone."""
+    if func is _aten.index.Tensor or func in _MASKED_WRITES:
+        masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        return masked and (func is _aten.index.Tensor or args[2].numel() != 1)
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 
 def host_read(what: str) -> HostReadError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -37,12 +37,18 @@ class Simulation:
     def __init__(self, program: Program, outside: Mapping[int, Tensor], visible: Mapping[int, Tensor]) -> None:
         self.program = program
         self.orders = Orders([step.stream for step in program.steps], program.edges())
-        self._arena = torch.empty(max(program.arena_bytes, 1), dtype=torch.uint8)
         self._outside = outside
         self._visible = dict(visible)
-        self._bound = {
-            index: self._bind(step) for index, step in enumerate(program.steps) if isinstance(step, Op)
-        }
+        with torch.inference_mode(False):  # replays may come in any mode
+            self._arena = torch.empty(max(program.arena_bytes, 1), dtype=torch.uint8)
+            self._bound = {
+                index: self._bind(step) for index, step in enumerate(program.steps) if isinstance(step, Op)
+            }
+        self._draws = self._random_ops()
+
+    def of(self, program: Program) -> Simulation:
+        """The same memory under another program of the same buffers (one with a wait removed)."""
+        return Simulation(program, self._outside, self._visible)
 
     def _tensor(self, ref: TensorRef) -> Tensor:
         item = ref.dtype.itemsize
@@ -50,7 +56,9 @@ class Simulation:
             storage, start = self._outside[ref.buffer].untyped_storage(), 0
         else:
             storage, start = self._arena.untyped_storage(), self.program.buffers[ref.buffer].address - BASE
-        return torch.empty(0, dtype=ref.dtype).set_(storage, start // item + ref.offset, ref.size, ref.stride)
+        tensor = torch.empty(0, dtype=ref.dtype).set_(storage, start // item + ref.offset, ref.size, ref.stride)
+        tensor = tensor.conj() if ref.conj else tensor
+        return torch._neg_view(tensor) if ref.neg else tensor
 
     def _bind(self, op: Op) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor | None]]:
         args, kwargs = pytree.tree_map_only(TensorRef, self._tensor, (op.args, dict(op.kwargs)))
@@ -62,14 +70,46 @@ class Simulation:
         Raises:
             SimulatedFault: an op failed on what it read, as corrupted indices make it fail.
         """
-        self._arena.fill_(POISON)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
+            states = self._rehearse()
+            ends = {generator: generator.get_state() for generator in self._draws.values()}
+            self._arena.fill_(POISON)
             for index in order:
+                if index in states:
+                    self._draws[index].set_state(states[index])
                 if index in self._bound:
                     self._execute(index)
-        for buffer, view in self._visible.items():
-            start = self.program.buffers[buffer].address - BASE
-            view.copy_(self._arena[start : start + view.numel()])
+            for generator, state in ends.items():
+                generator.set_state(state)
+            for buffer, view in self._visible.items():
+                start = self.program.buffers[buffer].address - BASE
+                view.copy_(self._arena[start : start + view.numel()])
+
+    def _random_ops(self) -> dict[int, torch.Generator]:
+        """Random ops and their generators, if several streams hold some. A captured graph fixes which numbers each
+        draws, in whatever order they execute; so must a replay here."""
+        ops = {
+            index: kwargs.get("generator") or torch.default_generator
+            for index, (_, kwargs, _) in self._bound.items()
+            if torch.Tag.nondeterministic_seeded in cast(Op, self.program.steps[index]).func.tags
+        }
+        return ops if len({self.program.steps[index].stream for index in ops}) > 1 else {}
+
+    def _rehearse(self) -> dict[int, Tensor]:
+        """The generator's state at each of these ops, by a run in program order whose effects are undone."""
+        if not self._draws:
+            return {}
+        written = {ref.buffer for index in self._bound for ref in cast(Op, self.program.steps[index]).writes}
+        before = {buffer: view.clone() for buffer, view in self._outside.items() if buffer in written}
+        states: dict[int, Tensor] = {}
+        self._arena.fill_(POISON)
+        for index in self._bound:
+            if index in self._draws:
+                states[index] = self._draws[index].get_state()
+            self._execute(index)
+        for buffer, view in reversed(before.items()):
+            self._outside[buffer].copy_(view)
+        return states
 
     def _execute(self, index: int) -> None:
         op = self.program.steps[index]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..runtime.errors import RegionError
 from ..runtime.machine import Machine
-from ..runtime.regions import Region, State
+from ..runtime.regions import Region
 from .record import Recorder
 
 CALLER: Final = 0
@@ -87,13 +88,15 @@ class SimulatedStreams:
             )
 
     def join(self, region: Region, returned: Sequence[Tensor]) -> None:
-        joined = region.joined_by or ()
+        joined = region.joined_by
         if not joined:
             heapq.heappush(self._free, region.lane)
         if self._current not in joined:
             region.joined_by = (*joined, self._current)
 
-    def drop(self, region: Region) -> None: ...
+    def drop(self, region: Region) -> None:
+        if region.lane is not None and not region.joined_by:
+            heapq.heappush(self._free, region.lane)
 
 
 class InlineStreams:
@@ -126,26 +129,25 @@ class RecordingMachine:
     def __init__(self, below: StreamSystem, recorder: Recorder) -> None:
         self.below = below
         self.recorder = recorder
-        self.regions: list[Region] = []
-        self._marks: dict[Region, int] = {}  # the fork point, then the done point
+        self.names: list[str] = []  # of all regions, in fork order
+        # A joined region is let go, and with it the results it returned: the recording keeps no tensor alive.
+        self._open: dict[Region, None] = {}
+        self._marks: WeakKeyDictionary[Region, int] = WeakKeyDictionary()  # the fork point, then the done point
         self._outer_names: list[str | None] = []
         recorder.current = below.current_handle
-        recorder.stream_names[below.current_handle()] = "caller"
+
+    def begin(self) -> None:
+        """The capture has begun: the current stream is its caller."""
+        self.recorder.stream_names[self.below.current_handle()] = "caller"
 
     def open_regions(self) -> list[Region]:
-        """Regions that nobody has joined yet."""
-        return [region for region in self.regions if region.state is not State.JOINED]
-
-    def close(self) -> tuple[str, ...]:
-        """The recording is over: let go of its regions, and say their names."""
-        names = tuple(region.name for region in self.regions)
-        self.regions.clear()
-        self._marks.clear()
-        return names
+        """Regions that nobody has joined yet, in fork order."""
+        return list(self._open)
 
     def fork(self, region: Region) -> None:
         self.below.fork(region)
-        self.regions.append(region)
+        self._open[region] = None
+        self.names.append(region.name)
         if region.lane is None:
             return
         lane = region.lane.handle
@@ -169,8 +171,9 @@ class RecordingMachine:
             self._marks[region] = self.recorder.mark(region.lane.handle, f"end of {region.name}")
 
     def join(self, region: Region, returned: Sequence[Tensor]) -> None:
+        self._open.pop(region, None)
         stream = self.below.current_handle()
-        if region.lane is None or (region.joined_by is not None and stream in region.joined_by):
+        if region.lane is None or stream in region.joined_by:
             return
         self.below.join(region, returned)
         self.recorder.wait(stream, self._marks[region], f"end of {region.name}")
@@ -179,4 +182,5 @@ class RecordingMachine:
             self.recorder.hand(region.held_returns, stream, recorded=False)
 
     def drop(self, region: Region) -> None:
+        self._open.pop(region, None)
         self.below.drop(region)

@@ -45,7 +45,7 @@ class Machine(Protocol):
         ...
 
     def drop(self, region: Region) -> None:
-        """Take back what the region holds; called once, when nobody refers to it any more."""
+        """Take back what the region holds: nobody refers to it any more, and nobody joined it."""
         ...
 
 
@@ -74,11 +74,12 @@ class _ThreadState(threading.local):
     machine: Machine | None = None
 
 
-_thread = _ThreadState()
+thread_state = _ThreadState()
 
 
 @functools.cache
-def _process_machine() -> Machine:
+def process_machine() -> Machine:
+    """The machine of threads that record nothing."""
     if SETTINGS.disable or not torch.cuda.is_available():
         return INLINE
     from .cuda import cuda_machine
@@ -88,16 +89,16 @@ def _process_machine() -> Machine:
 
 def current_machine() -> Machine:
     """The machine regions of this thread run on."""
-    machine = _thread.machine
-    return _process_machine() if machine is None else machine
+    machine = thread_state.machine
+    return process_machine() if machine is None else machine
 
 
 @contextmanager
 def using_machine(machine: Machine) -> Iterator[None]:
     """Put `machine` in force on this thread for the block."""
-    before = _thread.machine
-    _thread.machine = machine
+    before = thread_state.machine
+    thread_state.machine = machine
     try:
         yield
     finally:
-        _thread.machine = before
+        thread_state.machine = before

@@ -23,8 +23,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from . import ranges
-from .errors import AuxstreamWarning, RegionError, UndeclaredAccessError
-from .machine import INLINE, Machine, current_machine
+from .errors import AuxstreamError, AuxstreamWarning, RegionError, UndeclaredAccessError
+from .machine import INLINE, Machine, process_machine, thread_state
 
 T = TypeVar("T")
 
@@ -43,52 +43,27 @@ _RUNNING: Final = State.RUNNING
 _LEFT: Final = State.LEFT
 _JOINED: Final = State.JOINED
 _NOTHING: Final[tuple[Any, ...]] = ()
+_UNVERSIONED: Final = -1
 
 
 class Region:
     """One branch on an auxiliary stream. Made by `fork`; see the module's picture for its life."""
 
-    __slots__ = (
-        "__weakref__",
-        "_returned",
-        "_versions",
-        "event",
-        "held",
-        "held_returns",
-        "joined_by",
-        "lane",
-        "machine",
-        "name",
-        "outer",
-        "priority",
-        "recorded",
-        "state",
-        "writes",
-    )
+    # Defaults of the class, not of each object: a fork writes only what it has.
+    lane: Any = None  # the machine's: the stream the branch runs on; None: the caller's
+    outer: Any = None  # the machine's: the stream that was current at enter
+    joined_by: tuple[int, ...] = ()  # the machine's: streams that have waited
+    held: Sequence[Tensor] = _NOTHING  # reads that a compiled graph keeps alive until the join
+    held_returns: Sequence[Tensor] = _NOTHING  # results whose lifetime a compiled graph has proved
+    priority: int = 0
+    _versions: list[int] | None = None
 
-    def __init__(
-        self,
-        name: str,
-        machine: Machine,
-        recorded: Sequence[Tensor],
-        held: Sequence[Tensor],
-        writes: Sequence[Tensor],
-        priority: int,
-    ) -> None:
+    def __init__(self, name: str, machine: Machine, recorded: Sequence[Tensor]) -> None:
         self.name = name
         self.machine = machine
         self.recorded = recorded
-        self.held = held
-        self.writes = writes
-        self.priority = priority
         self.state = _FORKED
-        self.lane: Any = None  # these four belong to the machine
-        self.event: Any = None
-        self.outer: Any = None
-        self.joined_by: Any = None
-        self.held_returns: Sequence[Tensor] = _NOTHING  # results a compiled graph proved safe without recording
         self._returned: list[Tensor] = []
-        self._versions: list[int] | None = None
 
     def __repr__(self) -> str:
         return f"<auxstream region {self.name!r}, {self.state.value}>"
@@ -107,12 +82,19 @@ class Region:
             raise self._illegal("left", "a running region", "leave a region once, by ending its `with` block")
         if ranges.ENABLED:
             ranges.pop()
-        self.machine.leave(self)
-        self.state = _LEFT
+        try:
+            self.machine.leave(self)
+            if error is not None:
+                # Unwinding drops the tensors the branch was reading: wait first. Versions are not compared here,
+                # or a second error would hide the user's.
+                self.machine.join(self, self._returned)
+        except AuxstreamError as refusal:  # as in a capture that the user's own error has invalidated
+            if error is None:
+                raise
+            error.add_note(f"while closing region {self.name!r}: {refusal}")
+        finally:
+            self.state = _LEFT
         if error is not None:
-            # Unwinding drops the tensors the branch was reading: wait first. Versions are not compared here,
-            # or a second error would hide the user's.
-            self.machine.join(self, self._returned)
             self._close()
 
     def returns(self, values: T) -> T:
@@ -138,8 +120,9 @@ class Region:
         if self.state is _LEFT:
             versions = self._versions
             if versions is not None:
-                for position, tensor in enumerate(self.recorded):
-                    if versions[position] >= 0 and tensor._version != versions[position]:
+                for tensor, version in zip(self.recorded, versions, strict=True):
+                    if version != _UNVERSIONED and version != tensor._version:
+                        position = [each is tensor for each in self.recorded].index(True)
                         self._close()
                         raise self._undeclared_write(position)
             self._close()
@@ -147,25 +130,19 @@ class Region:
     def abandon(self) -> None:
         """Give up a region on the way out of an error: wait for its branch if it ran, forget it if it did not."""
         if self.state is _RUNNING:
+            if ranges.ENABLED:
+                ranges.pop()
             self.machine.leave(self)
             self.state = _LEFT
         if self.state is _LEFT:
             self.machine.join(self, self._returned)
+        elif self.state is _FORKED:
+            self.machine.drop(self)
         self._close()
 
     def _close(self) -> None:
         self.state = _JOINED
-        self.recorded = self.held = self.held_returns = self.writes = _NOTHING
-        self._versions = None
-
-    def _snapshot_versions(self) -> None:
-        written = {tensor.untyped_storage()._cdata for tensor in self.writes} if self.writes else _NOTHING
-        self._versions = [
-            -1
-            if tensor.is_inference() or (written and tensor.untyped_storage()._cdata in written)
-            else tensor._version
-            for tensor in self.recorded
-        ]
+        self.recorded = self.held = self.held_returns = _NOTHING
 
     def _undeclared_write(self, position: int) -> UndeclaredAccessError:
         return UndeclaredAccessError(
@@ -181,33 +158,31 @@ class Region:
         )
 
     def __del__(self) -> None:
-        machine = getattr(self, "machine", None)
-        if machine is None:
+        if self.state is _JOINED:
             return
-        machine.drop(self)
-        if self.state is not _JOINED:
-            warnings.warn(
-                f"region {self.name!r} was dropped while {self.state.value}: nobody waited for its branch. "
-                "Call join() before its results are used.",
-                AuxstreamWarning,
-                stacklevel=2,
-            )
+        self.machine.drop(self)
+        warnings.warn(
+            f"region {self.name!r} was dropped while {self.state.value}: nobody waited for its branch. "
+            "Call join() before its results are used.",
+            AuxstreamWarning,
+            stacklevel=2,
+        )
 
 
 def open_region(
-    name: str,
-    *,
-    recorded: Sequence[Tensor] = (),
-    held: Sequence[Tensor] = (),
-    writes: Sequence[Tensor] = (),
-    priority: int = 0,
+    name: str, *, recorded: Sequence[Tensor] = _NOTHING, held: Sequence[Tensor] = _NOTHING, priority: int = 0
 ) -> Region:
     """Fork with the lifetimes spelled out, for compiled graphs: `held` tensors are kept alive until the join by the
     caller's own references and need no `record_stream`; `recorded` ones get it."""
-    return _forked(Region(name, current_machine(), recorded, held, writes, priority))
+    region = Region(name, thread_state.machine or process_machine(), recorded)
+    if held:
+        region.held = held
+    if priority:
+        region.priority = priority
+    return _forked(region)
 
 
-def fork(name: str, *reads: Any, writes: Any = (), priority: int = 0) -> Region:
+def fork(name: str, *reads: Any, writes: Any = _NOTHING, priority: int = 0) -> Region:
     """Mark the point on the current stream from which a branch may run on an auxiliary stream.
 
     Args:
@@ -221,20 +196,23 @@ def fork(name: str, *reads: Any, writes: Any = (), priority: int = 0) -> Region:
     Raises:
         RegionError: a read that is no tensor, or a tensor on another device than the current one.
     """
-    tensors: list[Tensor] = []
     for value in reads:
-        if isinstance(value, Tensor):
-            tensors.append(value)
-        else:
-            tensors.extend(_tensors(name, value, "read"))
-    written = _tensors(name, writes, "write") if writes is not _NOTHING else _NOTHING
-    machine = current_machine()
+        if not isinstance(value, Tensor):
+            reads = tuple(_tensors(name, reads, "read"))
+            break
+    machine = thread_state.machine or process_machine()
+    written = _NOTHING if writes is _NOTHING else _tensors(name, writes, "write")
     compares = machine.compares_versions
-    if compares and tensors and not tensors[0].is_cuda and _all_on_cpu(tensors, written):
+    if compares and reads and not reads[0].is_cuda and _all_on_cpu(reads, written):
         machine = INLINE
-    region = Region(name, machine, [*tensors, *written] if written else tensors, _NOTHING, written, priority)
+    region = Region(name, machine, (*reads, *written) if written else reads)
+    if priority:
+        region.priority = priority
     if compares:
-        region._snapshot_versions()
+        try:
+            region._versions = [tensor._version for tensor in reads] if not written else _versions(reads, written)
+        except RuntimeError:  # an inference tensor keeps no version
+            region._versions = _versions(reads, written)
     return _forked(region)
 
 
@@ -242,9 +220,21 @@ def _forked(region: Region) -> Region:
     try:
         region.machine.fork(region)
     except BaseException:
+        region.machine.drop(region)
         region.state = _JOINED  # never forked: nothing to wait for, nothing to warn of
         raise
     return region
+
+
+def _versions(reads: Sequence[Tensor], written: Sequence[Tensor]) -> list[int]:
+    """Versions to compare at the join, in the order of the recorded tensors: reads that share memory with a declared
+    write may change, and so may the writes."""
+    allowed = {tensor.untyped_storage()._cdata for tensor in written}
+    compared = [
+        _UNVERSIONED if tensor.is_inference() or tensor.untyped_storage()._cdata in allowed else tensor._version
+        for tensor in reads
+    ]
+    return compared + [_UNVERSIONED] * len(written)
 
 
 def _all_on_cpu(*groups: Sequence[Tensor]) -> bool:
@@ -267,7 +257,7 @@ def _tensors(name: str, tree: Any, role: Literal["read", "write"]) -> list[Tenso
     return found
 
 
-def aux_region(name: str, *reads: Any, writes: Any = (), priority: int = 0) -> Region:
+def aux_region(name: str, *reads: Any, writes: Any = _NOTHING, priority: int = 0) -> Region:
     """Fork, to be entered at once: `with aux_region("shared", x) as region: ...`; `region.join()` stays explicit."""
     return fork(name, *reads, writes=writes, priority=priority)
 

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from itertools import combinations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from auxstream.capture import hazards
 from auxstream.capture.hazards import Access, Graph, Hazard, Order, find_hazards
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 Edge = tuple[int, int]
 Range = tuple[int, int]
@@ -106,7 +105,7 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("block")
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(graphs())
 def test_agrees_with_brute_force(graph: Graph) -> None:
     check(graph)
@@ -143,7 +142,7 @@ def test_agrees_with_brute_force_on_streams() -> None:
     assert 100 < racy < 390, f"{racy} of 400 graphs race: the generator must yield clean ones and racy ones"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(graphs())
 def test_before_is_reachability(graph: Graph) -> None:
     size = len(graph.accesses)

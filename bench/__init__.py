@@ -1,0 +1,1 @@
+"""Benchmarks: each says what it measures and what it does not, and interleaves its variants in one run."""

@@ -1,0 +1,80 @@
+"""The one way benchmarks here are run: variants interleaved, medians with spread, JSON with the machine's description.
+
+Enters: named variants, each a callable that returns one sample. Leaves: `Sample`s per variant.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """The median of a variant's samples and the middle half around it, in `unit`."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.median:8.2f} {self.unit} [{self.low:.2f} .. {self.high:.2f}]"
+
+
+def interleave(variants: Mapping[str, Callable[[], float]], rounds: int, unit: str) -> dict[str, Figure]:
+    """Run every variant once per round, in turn, so that drift hits all alike. The first round warms up."""
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name, variant in variants.items():
+            value = variant()
+            if turn:
+                samples[name].append(value)
+    return {name: figure(values, unit) for name, values in samples.items()}
+
+
+def figure(values: list[float], unit: str) -> Figure:
+    """Summarise samples (at least two)."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return Figure(median, low, high, len(values), unit)
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    described = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+    }
+    if torch.cuda.is_available():
+        described["gpu"] = torch.cuda.get_device_name()
+        described["cuda"] = str(torch.version.cuda)
+    return described
+
+
+def device_time(run: Callable[[], object], times: int) -> float:
+    """Microseconds of device time per call, over `times` calls enqueued back to back on the current stream."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(times):
+        run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1000 / times
+
+
+def write(path: str | None, name: str, results: Mapping[str, Any]) -> None:
+    """Print the results, and write them as JSON if a path was given."""
+    plain = {key: asdict(value) if isinstance(value, Figure) else value for key, value in results.items()}
+    document = {"benchmark": name, "command": " ".join(sys.argv), "machine": machine(), "results": plain}
+    if path is not None:
+        Path(path).write_text(json.dumps(document, indent=2) + "\n")

@@ -1,0 +1,106 @@
+"""What a single ATen op does to the memory of its arguments, read off its schema and its traced values.
+
+Enters: a node that calls an op with a schema. Leaves: which arguments it writes, which ones each returned tensor may be
+a view of, and whether it draws random numbers. Invariant: doubt counts as an access; an op is taken to return memory of
+its own only where its schema and the trace say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+Given = list[tuple[Any, tuple[Node, ...]]]
+"""Per argument of an op: its alias annotation, or None, and the nodes it was given."""
+
+
+def tensors(node: Node) -> list[Tensor]:
+    """The tensors of a node's value, flattened."""
+    return [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+
+
+def arguments(node: Node, target: OpOverload) -> Given:
+    """Every argument's annotation with the nodes in it, nested lists and keyword arguments included."""
+    schema = target._schema.arguments
+    by_name = {argument.name: argument.alias_info for argument in schema}
+    given: Given = [(schema[position].alias_info, _nodes(value)) for position, value in enumerate(node.args)]
+    given += [(by_name[name], _nodes(value)) for name, value in node.kwargs.items()]
+    return given
+
+
+def written(given: Given) -> list[Node]:
+    """The arguments the op writes in place."""
+    return [node for info, nodes in given if info is not None and info.is_write for node in nodes]
+
+
+def returned(node: Node, target: OpOverload) -> Iterator[tuple[Any, Tensor]]:
+    """Every tensor the op returns, with the annotation of the return it belongs to."""
+    value, returns = node.meta.get("val"), target._schema.returns
+    parts = [value] if len(returns) == 1 else list(value or ())
+    for declared, part in zip(returns, parts, strict=False):
+        for leaf in pytree.tree_leaves(part):
+            if isinstance(leaf, Tensor):
+                yield declared.alias_info, leaf
+
+
+def aliased(target: OpOverload, info: Any, leaf: Tensor, given: Given) -> list[Node]:
+    """The arguments whose memory the returned `leaf` may be.
+
+    Ops that are compositions of others may return an argument whether or not their schema says so (`type_as`,
+    `dropout` in eval, `reshape`). There the tracer's storages decide; where they are unknown, it may be any argument.
+    """
+    composite = _is_composite(target)
+    found: list[Node] = []
+    for declared, nodes in given:
+        certain = _says_alias(info, declared) and (info.is_write or not composite)
+        for node in nodes:
+            if certain or (composite and any(_same_storage(leaf, other) is not False for other in tensors(node))):
+                found.append(node)
+    return found
+
+
+def surely_aliased(target: OpOverload, info: Any, leaf: Tensor, given: Given) -> bool:
+    """Whether `leaf` is an argument's memory for certain, so that the op allocates none for it."""
+    if info is not None and (info.is_write or not _is_composite(target)):
+        return True
+    return any(_same_storage(leaf, other) for _, nodes in given for node in nodes for other in tensors(node))
+
+
+def draws_random_numbers(node: Node, target: OpOverload) -> bool:
+    """Random ops stay in order, for their numbers come from one stream. A dropout of nothing draws none."""
+    if torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    values = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    values.update(zip((a.name for a in target._schema.arguments), node.args, strict=False))
+    values.update(node.kwargs)
+    return not (values.get("train") is False or values.get("dropout_p") == 0.0 or values.get("p") == 0.0)
+
+
+def _nodes(value: Any) -> tuple[Node, ...]:
+    leaves = pytree.tree_leaves(value, is_leaf=lambda item: isinstance(item, Node))
+    return tuple(leaf for leaf in leaves if isinstance(leaf, Node))
+
+
+def _says_alias(info: Any, declared: Any) -> bool:
+    if info is None or declared is None:
+        return False
+    one, other = info.before_set | info.after_set, declared.before_set | declared.after_set
+    return bool(one & other) or any("*" in name for name in one | other)
+
+
+def _is_composite(target: OpOverload) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+
+
+def _same_storage(one: Tensor, other: Tensor) -> bool | None:
+    """Whether two traced values share a storage; None where the trace does not tell."""
+    if not (isinstance(one, FakeTensor) and isinstance(other, FakeTensor)):
+        return None
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata

@@ -1,0 +1,61 @@
+"""`examples/by_hand.py` as a newcomer runs it, and with the one-line changes it invites."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BY_HAND = Path(__file__).parents[2] / "examples" / "by_hand.py"
+JOIN = "    region.join()  # A: the caller's stream waits; the host does not\n"
+READ = 'fork("shared_expert", h)'
+SUM = "return x + (routed + shared)"
+
+def run(script: Path) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("AUXSTREAM_")}
+    return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=environ)
+
+def changed(folder: Path, *changes: tuple[str, str]) -> Path:
+    text = BY_HAND.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, f"the example no longer has exactly one {old!r}"
+        text = text.replace(old, new)
+    script = folder / "by_hand_changed.py"
+    script.write_text(text)
+    return script
+
+def test_as_it_stands() -> None:
+    done = run(BY_HAND)
+    assert done.returncode == 0, done.stderr
+    assert "regions ['shared_expert']" in done.stdout
+    assert "100 of 100 replays equal serial, bit for bit" in done.stdout
+    assert "no race" in done.stdout
+    assert "Warning" not in done.stderr
+
+def test_is_short_enough_to_read_at_once() -> None:
+    assert len(BY_HAND.read_text().splitlines()) <= 40
+
+def test_without_the_join_the_capture_refuses(tmp_path: Path) -> None:
+    done = run(changed(tmp_path, (JOIN, "")))
+    assert done.returncode != 0
+    assert "'shared_expert'" in done.stderr
+    assert "UndeclaredAccessError" in done.stderr
+    assert "join its region first" in done.stderr
+    assert SUM in done.stderr
+    assert "replays equal" not in done.stdout
+
+def test_without_the_join_and_without_a_use_the_capture_names_the_open_region(tmp_path: Path) -> None:
+    done = run(changed(tmp_path, (JOIN, ""), (SUM, "return x + routed")))
+    assert done.returncode != 0
+    error = done.stderr[done.stderr.rindex("CaptureError") :]
+    assert "'shared_expert'" in error
+    assert "region.join()" in error
+
+def test_without_the_declared_read_a_warning_names_it(tmp_path: Path) -> None:
+    done = run(changed(tmp_path, (READ, 'fork("shared_expert")')))
+    assert done.returncode == 0, done.stderr
+    assert "AuxstreamWarning" in done.stderr
+    assert "reads an undeclared tensor made by `native_layer_norm.default`" in done.stderr
+    assert "100 of 100 replays equal serial, bit for bit" in done.stdout
+
