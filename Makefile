@@ -79,7 +79,7 @@ if sys.argv[1] == "test":
     wanted.update(pytest="pytest")
 if sys.argv[1] == "lint":
     wanted = {"ruff": "ruff", "pyright": "pyright[nodejs]"}
-useful = {"hypothesis": "hypothesis", "pytest_timeout": "pytest-timeout"} if sys.argv[1] == "test" else {}
+useful = {"hypothesis": "the tests that need it are left out", "pytest_timeout": "tests run without time limits"}
 if "torch" in wanted and found("torch"):
     import torch
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
@@ -91,8 +91,9 @@ missing = [package for module, package in wanted.items() if not found(module)]
 if missing:
     sys.exit("auxstream: %s lacks %s.\n  pip install %s\n  or, without VENV=system, let make build a .venv: %s" % (
         sys.executable, ", ".join(missing), " ".join("'%s'" % name for name in missing), make))
-for package in [package for module, package in useful.items() if not found(module)]:
-    print("auxstream: %s is not installed: the tests that need it are left out" % package)
+for module, loss in useful.items():
+    if sys.argv[1] == "test" and not found(module):
+        print("auxstream: %s is not installed: %s" % (module.replace("_", "-"), loss))
 print("auxstream: using %s (VENV=system), installing nothing" % sys.executable)
 endef
 export CHECK

@@ -50,19 +50,25 @@ def returned(node: Node, target: OpOverload) -> Iterator[tuple[Any, Tensor]]:
                 yield declared.alias_info, leaf
 
 
-def aliased(target: OpOverload, info: Any, leaf: Tensor, given: Given) -> list[Node]:
+def aliased(node: Node, target: OpOverload, info: Any, leaf: Tensor, given: Given) -> list[Node]:
     """The arguments whose memory the returned `leaf` may be.
 
     Ops that are compositions of others may return an argument whether or not their schema says so (`type_as`,
-    `dropout` in eval, `reshape`). There the tracer's storages decide; where they are unknown, it may be any argument.
+    `reshape`). There the tracer's storages decide; where they are unknown, it may be any argument. The tracer itself is
+    wrong about random ops that draw nothing: a dropout in eval returns its input, but not under fake tensors.
     """
     composite = _is_composite(target)
+    inert = torch.Tag.nondeterministic_seeded in target.tags and not draws_random_numbers(node, target)
     found: list[Node] = []
     for declared, nodes in given:
         certain = _says_alias(info, declared) and (info.is_write or not composite)
-        for node in nodes:
-            if certain or (composite and any(_same_storage(leaf, other) is not False for other in tensors(node))):
-                found.append(node)
+        for argument in nodes:
+            possible = any(
+                _same_storage(leaf, other) is not False or (inert and leaf.shape == other.shape)
+                for other in tensors(argument)
+            )
+            if certain or (composite and possible):
+                found.append(argument)
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -20,8 +21,8 @@ from ..runtime.lanes import LanePool
 
 
 @functools.cache
-def _capture_streams(device: int) -> LanePool:
-    """Streams captures begin on; reused, so that cuBLAS keeps one workspace for them."""
+def _capture_streams(device: int, thread: int) -> LanePool:
+    """Streams this thread's captures begin on; reused, so that cuBLAS keeps one workspace for them."""
     return LanePool(device, 0)
 
 
@@ -31,7 +32,7 @@ class CaptureStream:
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
-        self._lane = _capture_streams(index).take(0, 0)
+        self._lane = _capture_streams(index, threading.get_ident()).take(0)
         self.torch_stream = self._lane.torch_stream
 
     def __enter__(self) -> CaptureStream:
@@ -78,7 +79,7 @@ class CudaCapture:
         self._outer_device = torch.cuda.current_device()
         torch.cuda.set_device(self._device)
         self._caller = torch.cuda.current_stream()
-        self._lane = None if self._given_stream is not None else _capture_streams(self._device).take(0, 0)
+        self._lane = None if self._given_stream is not None else _capture_streams(self._device, threading.get_ident()).take(0)
         stream = self._given_stream if self._lane is None else self._lane.torch_stream
         assert stream is not None
         stream.wait_stream(self._caller)

@@ -171,7 +171,7 @@ class _Reader:
         outputs: list[frozenset[Storage]] = []
         fresh = _NONE
         for info, leaf in accesses.returned(node, target):
-            memory = self.union(accesses.aliased(target, info, leaf, given))
+            memory = self.union(accesses.aliased(node, target, info, leaf, given))
             if not memory or not accesses.surely_aliased(target, info, leaf, given):
                 new = self.fresh(node)
                 fresh, memory = fresh | new, memory | new

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..runtime import ranges
 from ..runtime.errors import AuxstreamError, AuxstreamWarning, CaptureError, RaceError
-from ..runtime.machine import thread_state, using_machine
+from ..runtime.machine import current_machine, thread_state, using_machine
 from ..runtime.settings import SETTINGS, VERIFY_VALUES, Verify
 from .allocator import AllocatorModel
 from .program import Program
@@ -263,14 +263,15 @@ def _record(name: str, mode: Verify) -> Iterator[CapturedGraph]:
 def _capture(
     name: str, mode: Verify, device: torch.device, pool: Any, stream: torch.cuda.Stream | None
 ) -> Iterator[CapturedGraph]:
-    from ..runtime.cuda import CudaMachine, cuda_machine
+    from ..runtime.cuda import CudaMachine
     from .cuda_capture import CudaCapture
 
     captured = CudaGraph(name)
     recorder = Recorder(allocator=None, watch=mode)
-    # A CUDA machine put in force on this thread (a negative control) is the one whose steps are recorded.
-    streams = thread_state.machine if isinstance(thread_state.machine, CudaMachine) else cuda_machine()
-    machine = RecordingMachine(InlineStreams(streams.current_handle) if SETTINGS.disable else streams, recorder)
+    streams = current_machine()
+    if not isinstance(streams, CudaMachine):  # the kill switch is on
+        streams = InlineStreams(CudaMachine().current_handle)
+    machine = RecordingMachine(streams, recorder)
     recorder.record_use = lambda tensor, _: tensor.record_stream(torch.cuda.current_stream())
     with CudaCapture(captured.cuda_graph, device, pool, stream) as capture, _recording(machine, recorder):
         yield captured

@@ -87,23 +87,27 @@ class Weights:
     products: int
     """Products of floating-point activations with a matrix or more."""
     stacked: int
-    """Consumers of a weight of three or more dimensions, as experts are stored."""
+    """Where activations meet a weight of three or more dimensions, as experts are stored, or a part picked from it."""
     opaque: int
     """Ops from outside ATen that consume two or more stacked weights: a fused mixture of experts."""
 
     @staticmethod
     def of(flow: Dataflow) -> Weights:
         products = stacked = opaque = 0
+        picked: set[Node] = set()  # computed from stacked weights and indices: experts' weights before any activation
         for position, node in enumerate(flow.nodes):
             if node.op != "call_function" or flow.constants >> position & 1 or node.target is operator.getitem:
                 continue
             given = [a for a in node.all_input_nodes if flow.constants >> flow.index[a] & 1]
-            moving = any(_is_floating(a) for a in node.all_input_nodes if a not in given)
+            moving = any(_is_floating(a) for a in node.all_input_nodes if a not in given and a not in picked)
+            experts = [a for a in given if _rank(flow, a) >= 3]
+            if not moving and (experts or any(a in picked for a in node.all_input_nodes)):
+                picked.add(node)
+                continue
             pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
             if moving and not pointwise and any(_rank(flow, a) >= 2 for a in given):
                 products |= 1 << position
-            experts = [a for a in given if _rank(flow, a) >= 3]
-            if experts and not pointwise:
+            if not pointwise and (experts or any(a in picked for a in node.all_input_nodes)):
                 stacked |= 1 << position
             aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"
             if not aten and len({flow.storages[a] for a in experts}) >= 2:
@@ -147,21 +151,21 @@ def _first_expert(flow: Dataflow, weights: Weights, selection: int) -> int | Non
     reached = 0
     chosen = flow.nodes[selection]
     for position in range(selection + 1, len(flow.nodes)):
-        node = flow.nodes[position]
         before = flow.predecessors[position]
-        hit = any(reached >> other & 1 for other in before)
-        if not hit and selection in before:
-            hit = any(_is_integer(leaf) for leaf in pytree.tree_leaves(_taken(node, chosen)))
-        if hit:
+        if any(reached >> other & 1 for other in before) or _takes_indices(flow, flow.nodes[position], chosen):
             if weights.stacked >> position & 1:
                 return position
             reached |= 1 << position
     return None
 
 
-def _taken(node: Node, chosen: Node) -> Any:
-    """What `node` takes from `chosen`: one element, or all of it."""
-    return node.meta.get("val") if node.target is operator.getitem else chosen.meta.get("val")
+def _takes_indices(flow: Dataflow, node: Node, chosen: Node) -> bool:
+    if chosen in node.all_input_nodes:
+        value = node.meta.get("val") if node.target is operator.getitem else chosen.meta.get("val")
+        return any(_is_integer(leaf) for leaf in pytree.tree_leaves(value))
+    # A selection may also write its results into tensors it was given.
+    memory = flow.writes[chosen]
+    return any(flow.storages[a] & memory and _is_integer(a.meta.get("val")) for a in node.all_input_nodes)
 
 
 def _routes(routing: _Routing, side: int) -> bool:

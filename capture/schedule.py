@@ -208,7 +208,8 @@ class _Writer:
             if number is None:
                 continue
             last = self._last_use(storage)
-            if any(self.joins[number] < fork < last for fork in self.forks):
+            # What leaves the graph may meet the lane's next fork in the graph's next run.
+            if last == float("inf") or any(self.joins[number] < fork < last for fork in self.forks):
                 return True
         return False
 

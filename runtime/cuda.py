@@ -1,14 +1,14 @@
 """`CudaMachine`: a region's four steps as driver calls on raw handles.
 
 Enters: regions from runtime/regions.py. Leaves: event records, event waits, `record_stream` calls and the thread's
-current stream. Nothing here waits on the host, and nothing asks "am I capturing?" to leave a safety out: the one
-question of that kind picks the lane.
+current stream. Nothing here waits on the host, and nothing asks "am I capturing?": a capture gets the same calls.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -19,16 +19,15 @@ from .lanes import LanePool, StreamHandle
 from .regions import Region
 
 # Private, and stable since torch 1.x: the public forms build a Stream object per call (1-2 us against 0.1).
-_get_device = torch._C._cuda_getDevice
 _get_stream = torch._C._cuda_getCurrentStream
 _set_stream = torch._C._cuda_setStream
-_is_capturing = torch._C._cuda_isCurrentStreamCapturing
 _event_record = driver.event_record
 _wait_event = driver.stream_wait_event
+_CURRENT_DEVICE: Final = -1
 
 
 class CudaMachine:
-    """Regions on auxiliary CUDA streams of the current device."""
+    """Regions of one thread on auxiliary CUDA streams of its current device."""
 
     compares_versions = True
 
@@ -39,7 +38,7 @@ class CudaMachine:
 
     def current(self) -> StreamHandle:
         """This thread's current stream."""
-        ids = _get_stream(_get_device())
+        ids = _get_stream(_CURRENT_DEVICE)
         stream = self._streams.get(ids)
         return stream if stream is not None else self._streams.setdefault(ids, StreamHandle(ids))
 
@@ -48,7 +47,7 @@ class CudaMachine:
         return self.current().handle
 
     def fork(self, region: Region) -> None:
-        ids = _get_stream(_get_device())
+        ids = _get_stream(_CURRENT_DEVICE)
         caller = self._streams.get(ids) or self.current()
         device = ids[1]
         recorded = region.recorded
@@ -56,11 +55,7 @@ class CudaMachine:
             if tensor.get_device() != device:
                 raise _wrong_device(region, tensor, device)
         pool = self._pools.get((device, region.priority)) or self._make_pool(device, region.priority)
-        if _is_capturing():
-            lane = pool.take_captured(caller.handle, driver.capture_id(caller.cu))
-        else:
-            lane = pool.take(caller.handle)
-        region.lane = lane
+        lane = region.lane = pool.take(caller.handle)
         code = _event_record(lane.forked, caller.cu)[0]
         if code:
             raise driver.failed(code, f"forking region {region.name!r}")
@@ -96,19 +91,21 @@ class CudaMachine:
             )
 
     def join(self, region: Region, returned: Sequence[Tensor]) -> None:
-        stream = self._streams.get(_get_stream(_get_device())) or self.current()
-        lane = region.lane
+        stream = self._streams.get(_get_stream(_CURRENT_DEVICE)) or self.current()
         joined = region.joined_by
-        if stream.handle in joined:
+        if joined and stream.handle in joined:
             return
+        lane = region.lane
         code = _wait_event(stream.cu, lane.done, 0)[0]
         if code:
             raise driver.failed(code, f"joining region {region.name!r}")
         for tensor in returned:
             if tensor.is_cuda:
                 tensor.record_stream(stream.torch_stream)
-        region.joined_by = (*joined, stream.handle)
-        if not joined:
+        if joined:
+            region.joined_by = (*joined, stream.handle)
+        else:
+            region.joined_by = (stream.handle,)
             lane.pool.give_back(lane)
 
     def drop(self, region: Region) -> None:
@@ -117,8 +114,8 @@ class CudaMachine:
 
 
 @functools.cache
-def cuda_machine() -> CudaMachine:
-    """This process's CUDA machine."""
+def thread_machine(thread: int) -> CudaMachine:
+    """The CUDA machine of the thread with this ident. Idents are used again when threads die, and so are lanes."""
     return CudaMachine()
 
 

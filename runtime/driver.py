@@ -55,15 +55,3 @@ def make_stream(priority: int) -> Any:
     clamped = max(greatest, min(least, priority))
     flags = cuda.CUstream_flags.CU_STREAM_NON_BLOCKING
     return call(cuda.cuStreamCreateWithPriority(flags, clamped), "creating a lane")
-
-
-def is_capturing(stream: Any) -> bool:
-    """Whether a stream takes part in a capture, live or invalidated."""
-    status = call(cuda.cuStreamIsCapturing(stream), "asking for a stream's capture status")
-    return status != cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
-
-
-def capture_id(stream: Any) -> int:
-    """The id of the capture a stream takes part in; 0 outside of one."""
-    status, identity, *_ = call(cuda.cuStreamGetCaptureInfo(stream), "asking for a capture's id")
-    return int(identity) if status == cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE else 0

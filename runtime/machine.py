@@ -7,7 +7,6 @@ recording machine of capture/record.py, which `auxstream.graph` puts in force on
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,26 +70,27 @@ INLINE = InlineMachine()
 class _ThreadState(threading.local):
     """Thread-local, as CUDA's current stream is: a context variable would leak across awaits."""
 
-    machine: Machine | None = None
+    machine: Machine | None = None  # a recording's, or a control's; None: the thread's own
+    own: Machine | None = None  # from the thread's first region on
 
 
 thread_state = _ThreadState()
 
 
-@functools.cache
-def process_machine() -> Machine:
-    """The machine of threads that record nothing."""
-    if SETTINGS.disable or not torch.cuda.is_available():
-        return INLINE
-    from .cuda import cuda_machine
+def adopt_machine() -> Machine:
+    """Give this thread its machine: lanes are never shared between threads (runtime/lanes.py says why)."""
+    machine: Machine = INLINE
+    if not SETTINGS.disable and torch.cuda.is_available():
+        from .cuda import thread_machine
 
-    return cuda_machine()
+        machine = thread_machine(threading.get_ident())
+    thread_state.own = machine
+    return machine
 
 
 def current_machine() -> Machine:
     """The machine regions of this thread run on."""
-    machine = thread_state.machine
-    return process_machine() if machine is None else machine
+    return thread_state.machine or thread_state.own or adopt_machine()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ This file is the eager hot path: no environment, no allocation beyond the region
 from __future__ import annotations
 
 import enum
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from . import ranges
 from .errors import AuxstreamError, AuxstreamWarning, RegionError, UndeclaredAccessError
-from .machine import INLINE, Machine, process_machine, thread_state
+from .machine import INLINE, Machine, adopt_machine, thread_state
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ _RUNNING: Final = State.RUNNING
 _LEFT: Final = State.LEFT
 _JOINED: Final = State.JOINED
 _NOTHING: Final[tuple[Any, ...]] = ()
-_UNVERSIONED: Final = -1
+_version_of: Final = operator.attrgetter("_version")
 
 
 class Region:
@@ -56,14 +57,15 @@ class Region:
     held: Sequence[Tensor] = _NOTHING  # reads that a compiled graph keeps alive until the join
     held_returns: Sequence[Tensor] = _NOTHING  # results whose lifetime a compiled graph has proved
     priority: int = 0
-    _versions: list[int] | None = None
+    _returned: tuple[Tensor, ...] = ()
+    _versions: tuple[int, ...] | None = None  # of `_compared`, at the fork
+    _compared: Sequence[Tensor] = _NOTHING
 
     def __init__(self, name: str, machine: Machine, recorded: Sequence[Tensor]) -> None:
         self.name = name
         self.machine = machine
         self.recorded = recorded
         self.state = _FORKED
-        self._returned: list[Tensor] = []
 
     def __repr__(self) -> str:
         return f"<auxstream region {self.name!r}, {self.state.value}>"
@@ -102,9 +104,10 @@ class Region:
         if self.state is not _RUNNING:
             raise self._illegal("asked to return values", "a running region", "call returns() inside the `with` block")
         if isinstance(values, Tensor):
-            self._returned.append(values)
+            self._returned = (*self._returned, values)
         else:
-            self._returned.extend(leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
+            found = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+            self._returned = (*self._returned, *found)
         return values
 
     def join(self) -> None:
@@ -118,35 +121,39 @@ class Region:
             raise self._illegal("joined", "a region whose branch has run", "join after its `with` block")
         self.machine.join(self, self._returned)
         if self.state is _LEFT:
-            versions = self._versions
-            if versions is not None:
-                for tensor, version in zip(self.recorded, versions, strict=True):
-                    if version != _UNVERSIONED and version != tensor._version:
-                        position = [each is tensor for each in self.recorded].index(True)
-                        self._close()
-                        raise self._undeclared_write(position)
+            versions, compared, declared = self._versions, self._compared, self.recorded
             self._close()
+            if versions is not None and versions != tuple(map(_version_of, compared)):
+                raise self._undeclared_write(declared, compared, versions)
 
     def abandon(self) -> None:
         """Give up a region on the way out of an error: wait for its branch if it ran, forget it if it did not."""
-        if self.state is _RUNNING:
-            if ranges.ENABLED:
-                ranges.pop()
-            self.machine.leave(self)
-            self.state = _LEFT
-        if self.state is _LEFT:
-            self.machine.join(self, self._returned)
-        elif self.state is _FORKED:
-            self.machine.drop(self)
-        self._close()
+        try:
+            if self.state is _RUNNING:
+                if ranges.ENABLED:
+                    ranges.pop()
+                self.machine.leave(self)
+                self.state = _LEFT
+            if self.state is _LEFT:
+                self.machine.join(self, self._returned)
+            elif self.state is _FORKED:
+                self.machine.drop(self)
+        finally:
+            self._close()
 
     def _close(self) -> None:
         self.state = _JOINED
-        self.recorded = self.held = self.held_returns = _NOTHING
+        self.recorded = self._compared = _NOTHING
+        if self.held:
+            self.held = _NOTHING
 
-    def _undeclared_write(self, position: int) -> UndeclaredAccessError:
+    def _undeclared_write(
+        self, declared: Sequence[Tensor], compared: Sequence[Tensor], versions: Sequence[int]
+    ) -> UndeclaredAccessError:
+        changed = next(tensor for tensor, old in zip(compared, versions, strict=True) if old != tensor._version)
+        written = [tensor is changed for tensor in declared].index(True)
         return UndeclaredAccessError(
-            f"region {self.name!r}: the tensor declared as read #{position} was written between fork and join",
+            f"region {self.name!r}: the tensor declared as read #{written} was written between fork and join",
             expected="tensors a branch reads stay unwritten until the region is joined",
             came="an in-place write, on the branch or on the caller's stream",
             remedy=f"declare it: fork({self.name!r}, ..., writes=tensor), and touch it on one side only until join()",
@@ -174,12 +181,17 @@ def open_region(
 ) -> Region:
     """Fork with the lifetimes spelled out, for compiled graphs: `held` tensors are kept alive until the join by the
     caller's own references and need no `record_stream`; `recorded` ones get it."""
-    region = Region(name, thread_state.machine or process_machine(), recorded)
+    region = Region(name, thread_state.machine or thread_state.own or adopt_machine(), recorded)
     if held:
         region.held = held
     if priority:
         region.priority = priority
-    return _forked(region)
+    try:
+        region.machine.fork(region)
+    except BaseException:
+        region.abandon()
+        raise
+    return region
 
 
 def fork(name: str, *reads: Any, writes: Any = _NOTHING, priority: int = 0) -> Region:
@@ -200,9 +212,11 @@ def fork(name: str, *reads: Any, writes: Any = _NOTHING, priority: int = 0) -> R
         if not isinstance(value, Tensor):
             reads = tuple(_tensors(name, reads, "read"))
             break
-    machine = thread_state.machine or process_machine()
-    written = _NOTHING if writes is _NOTHING else _tensors(name, writes, "write")
+    machine = thread_state.machine or thread_state.own or adopt_machine()
     compares = machine.compares_versions
+    written: Sequence[Tensor] = _NOTHING
+    if writes is not _NOTHING:
+        written = _tensors(name, writes, "write")
     if compares and reads and not reads[0].is_cuda and _all_on_cpu(reads, written):
         machine = INLINE
     region = Region(name, machine, (*reads, *written) if written else reads)
@@ -210,31 +224,23 @@ def fork(name: str, *reads: Any, writes: Any = _NOTHING, priority: int = 0) -> R
         region.priority = priority
     if compares:
         try:
-            region._versions = [tensor._version for tensor in reads] if not written else _versions(reads, written)
+            region._compared = compared = reads if not written else _unshared(reads, written)
+            region._versions = tuple(map(_version_of, compared))
         except RuntimeError:  # an inference tensor keeps no version
-            region._versions = _versions(reads, written)
-    return _forked(region)
-
-
-def _forked(region: Region) -> Region:
+            region._compared = [tensor for tensor in _unshared(reads, written) if not tensor.is_inference()]
+            region._versions = tuple(map(_version_of, region._compared))
     try:
-        region.machine.fork(region)
+        machine.fork(region)
     except BaseException:
-        region.machine.drop(region)
-        region.state = _JOINED  # never forked: nothing to wait for, nothing to warn of
+        region.abandon()
         raise
     return region
 
 
-def _versions(reads: Sequence[Tensor], written: Sequence[Tensor]) -> list[int]:
-    """Versions to compare at the join, in the order of the recorded tensors: reads that share memory with a declared
-    write may change, and so may the writes."""
+def _unshared(reads: Sequence[Tensor], written: Sequence[Tensor]) -> list[Tensor]:
+    """The reads that no declared write may change: those that share no memory with one."""
     allowed = {tensor.untyped_storage()._cdata for tensor in written}
-    compared = [
-        _UNVERSIONED if tensor.is_inference() or tensor.untyped_storage()._cdata in allowed else tensor._version
-        for tensor in reads
-    ]
-    return compared + [_UNVERSIONED] * len(written)
+    return [tensor for tensor in reads if tensor.untyped_storage()._cdata not in allowed]
 
 
 def _all_on_cpu(*groups: Sequence[Tensor]) -> bool:

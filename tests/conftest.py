@@ -1,9 +1,13 @@
-"""Leaves out the test files that need hypothesis where it is not installed (say, on an offline GPU machine)."""
+"""Leaves out what this machine cannot run: files that need hypothesis where it is not installed (say, on an offline GPU
+machine), and tests marked `gpu` where there is none."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+
+import pytest
+import torch
 
 HERE = Path(__file__).parent
 
@@ -13,3 +17,13 @@ if importlib.util.find_spec("hypothesis") is None:
         for path in HERE.rglob("test_*.py")
         if any(line.startswith(("import hypothesis", "from hypothesis")) for line in path.read_text().splitlines())
     ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what needs a GPU."""
+    if torch.cuda.is_available():
+        return
+    reason = "needs an NVIDIA GPU: torch.cuda.is_available() is False here"
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,67 @@
+"""The environment: every variable, its values, and what is said of anything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from auxstream.runtime.errors import AuxstreamError, SettingsError
+from auxstream.runtime.settings import MEANING, Settings, read_settings
+
+LEGAL: dict[str, dict[str, tuple[str, Any]]] = {
+    "AUXSTREAM_DISABLE": {"0": ("disable", False), "1": ("disable", True)},
+    "AUXSTREAM_NVTX": {"0": ("nvtx", False), "1": ("nvtx", True)},
+    "AUXSTREAM_HANDOFF": {"record": ("handoff", "record"), "auto": ("handoff", "auto")},
+    "AUXSTREAM_VERIFY": {value: ("verify", value) for value in ("off", "warn", "error")},
+    "AUXSTREAM_TOKEN_THRESHOLD": {"0": ("token_threshold", 0), "64": ("token_threshold", 64)},
+    "AUXSTREAM_DUMP_DIR": {"/some/where": ("dump_dir", Path("/some/where")), "": ("dump_dir", None)},
+}
+ILLEGAL = {
+    "AUXSTREAM_DISABLE": ("2", "", "true", "yes", " 1"),
+    "AUXSTREAM_NVTX": ("on", "", "-1"),
+    "AUXSTREAM_HANDOFF": ("", "Record", "none"),
+    "AUXSTREAM_VERIFY": ("", "on", "ERROR", "strict"),
+    "AUXSTREAM_TOKEN_THRESHOLD": ("", "-1", "1.5", "many", " 3", "1e3"),
+    "AUXSTREAM_DUMP_DIR": (),
+}
+
+
+def test_the_tables_cover_every_variable() -> None:
+    assert set(MEANING) <= set(LEGAL)
+    assert set(MEANING) <= set(ILLEGAL)
+
+
+def test_nothing_set() -> None:
+    assert read_settings({}) == Settings()
+    assert read_settings({"PATH": "/bin", "auxstream_disable": "9", "XAUXSTREAM_DISABLE": "9"}) == Settings()
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in LEGAL.items() for v in values])
+def test_legal(name: str, value: str) -> None:
+    field, expected = LEGAL[name][value]
+    settings = read_settings({name: value})
+    assert getattr(settings, field) == expected
+    others = {f: getattr(Settings(), f) for f in Settings.__slots__ if f != field}
+    assert {f: getattr(settings, f) for f in others} == others
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in ILLEGAL.items() for v in values])
+def test_malformed(name: str, value: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings({name: value})
+    text = str(caught.value)
+    assert name in text
+    assert MEANING[name] in text
+    assert repr(value) in text
+    assert "remedy:" in text
+
+
+@pytest.mark.parametrize("name", ["AUXSTREAM_DISABEL", "AUXSTREAM_", "AUXSTREAM_disable", "AUXSTREAM_NVTX_"])
+def test_unknown(name: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings({name: "1", "AUXSTREAM_DISABLE": "1"})
+    text = str(caught.value)
+    assert f"unknown environment variable {name}" in text
+    assert all(f"{known} ({values})" in text for known, values in MEANING.items())
+    assert isinstance(caught.value, AuxstreamError)
