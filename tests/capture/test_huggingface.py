@@ -1,0 +1,226 @@
+"""Real Hugging Face models, tiny and random: decode steps are right and trace bitwise; shared experts are found."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from auxstream.capture.mark import mark_multi_stream_moe_shared_experts
+from auxstream.capture.schedule import insert_regions
+from auxstream.capture.trace import trace
+from auxstream.runtime.errors import InputError, MissingDependencyError, TraceError
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+from auxstream.capture.huggingface import DecodeStep, build, gemma4_config  # noqa: E402
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 256,
+}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+GLM = {
+    "head_dim": 16,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+QWEN2 = {
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+LLAMA4 = {
+    "head_dim": 16,
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 1,
+    "attention_chunk_size": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+# The configuration, the regions by name, and the nodes of each (constant casts of the branch's own weights included).
+ARCHITECTURES: dict[str, tuple[Callable[[], Any], list[str], int]] = {
+    "gemma4": (lambda: gemma4_config(2, "tiny"), ["layers.0.shared", "layers.1.shared"], 23),
+    "deepseek_v3": (lambda: transformers.DeepseekV3Config(**{**COMMON, **DEEPSEEK}), ["layers.1.shared"], 5),
+    "glm4_moe": (lambda: transformers.Glm4MoeConfig(**{**COMMON, **GLM}), ["layers.1.shared"], 5),
+    "qwen2_moe": (
+        lambda: transformers.Qwen2MoeConfig(**{**COMMON, **QWEN2}),
+        ["layers.0.shared", "layers.1.shared"],
+        8,
+    ),
+    "llama4": (
+        lambda: transformers.Llama4TextConfig(**{**COMMON, **LLAMA4}),
+        ["layers.0.shared", "layers.1.shared"],
+        5,
+    ),
+    "mixtral": (lambda: transformers.MixtralConfig(**{**COMMON, **MIXTRAL}), [], 0),
+}
+
+
+def steps(call: Callable[[Tensor, Tensor], Tensor], step: DecodeStep, positions: list[Tensor]) -> list[Tensor]:
+    """Logits of a run over `positions` from empty caches, and the caches it leaves."""
+    generator = torch.Generator().manual_seed(7)
+    step.reset()
+    results: list[Tensor] = []
+    with torch.no_grad():
+        for position in positions:
+            tokens = torch.randint(0, 128, (step.batch, 1), generator=generator)
+            results.append(call(tokens, position).clone())
+    results += [cache.clone() for pair in step.caches() for cache in pair]
+    step.reset()
+    return results
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_traced_marked_and_scheduled_steps_equal_eager_bit_for_bit(name: str) -> None:
+    config, regions, nodes = ARCHITECTURES[name]
+    step = DecodeStep(build(config()), batch=2, context=32)
+    ragged = [torch.tensor([i, i + 3]) for i in range(5)]
+    expected = steps(step, step, ragged)
+    traced = trace(step, (torch.zeros(2, 1, dtype=torch.int64), ragged[0]))
+    gm = traced.graph_module
+    assert all(torch.equal(a, b) for a, b in zip(steps(gm, step, ragged), expected, strict=True)), "traced"
+    assert set(traced.mutated_buffers) == {f"{kind}_{i}" for kind in ("keys", "values") for i in range(2)}
+    found = mark_multi_stream_moe_shared_experts(gm)
+    assert [region.name for region in found] == regions
+    assert [len(region.nodes) for region in found] == [nodes] * len(regions)
+    plans = insert_regions(gm)
+    assert len(plans) == len(regions)
+    assert all(plan.recorded == () and len(plan.live_ins) == len(plan.live_outs) == 1 for plan in plans)
+    assert all(torch.equal(a, b) for a, b in zip(steps(gm, step, ragged), expected, strict=True)), "scheduled"
+
+
+def test_a_dropped_cache_write_would_be_seen() -> None:
+    """The twin of the bitwise test: it compares caches, not only logits of the step that wrote them."""
+    step = DecodeStep(build(gemma4_config(1, "tiny")), batch=1, context=8)
+    positions = [torch.tensor([i]) for i in range(3)]
+    expected = steps(step, step, positions)
+    gm = trace(step, (torch.zeros(1, 1, dtype=torch.int64), positions[0])).graph_module
+    write = next(node for node in gm.graph.nodes if node.target is torch.ops.aten.index_copy_.default)
+    write.replace_all_uses_with(write.args[0])
+    gm.graph.erase_node(write)
+    gm.recompile()
+    assert not all(torch.equal(a, b) for a, b in zip(steps(gm, step, positions), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["gemma4", "llama4", "deepseek_v3"])
+def test_a_run_of_steps_equals_one_forward_over_the_sequence(name: str) -> None:
+    """Transformers' own prefill, with its own masks and no static cache, is the reference; windows are crossed."""
+    torch.manual_seed(0)
+    step = DecodeStep(build(ARCHITECTURES[name][0](), dtype=torch.float32), batch=2, context=40)
+    tokens = torch.randint(0, 128, (2, 40))
+    with torch.no_grad():
+        expected = step.model(input_ids=tokens).logits
+        mine = torch.stack([step(tokens[:, i : i + 1], torch.tensor([i])) for i in range(40)], 1)
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_forgotten_window_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["auxstream.capture.huggingface"]
+    masks = {**module._LAYER_MASKS, "sliding_attention": module._LAYER_MASKS["full_attention"]}
+    monkeypatch.setattr(module, "_LAYER_MASKS", masks)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        test_a_run_of_steps_equals_one_forward_over_the_sequence("gemma4")
+
+
+def test_eager_attention_and_one_position_for_all_rows() -> None:
+    torch.manual_seed(0)
+    model = build(gemma4_config(2, "tiny"), dtype=torch.float32)
+    step = DecodeStep(model, batch=2, context=24)
+    shared = steps(step, step, [torch.tensor([i]) for i in range(20)])
+    each = steps(step, step, [torch.tensor([i, i]) for i in range(20)])
+    assert all(torch.equal(a, b) for a, b in zip(shared, each, strict=True))
+    model.set_attn_implementation("eager")  # pyright: ignore
+    for a, b in zip(steps(step, step, [torch.tensor([i]) for i in range(20)]), shared, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_eager_expert_loop_is_refused_with_the_remedy() -> None:
+    model = build(gemma4_config(1, "tiny"))
+    model.set_experts_implementation("eager")  # pyright: ignore
+    step = DecodeStep(model, batch=1, context=8)
+    with pytest.raises(TraceError, match="values of tensors") as caught:
+        trace(step, (torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0])))
+    assert "experts_implementation='grouped_mm'" in caught.value.remedy
+    assert "modeling_gemma4.py" in caught.value.came
+
+
+def test_batched_experts_are_found_too() -> None:
+    """Experts as gathered weights and batched products: the routing is the same, the ops are not."""
+    model = build(gemma4_config(2, "tiny"))
+    model.set_experts_implementation("batched_mm")  # pyright: ignore
+    step = DecodeStep(model, batch=1, context=8)
+    gm = trace(step, (torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0]))).graph_module
+    assert [len(region.nodes) for region in mark_multi_stream_moe_shared_experts(gm)] == [23, 23]
+
+
+def test_the_full_configuration_is_the_26b_model() -> None:
+    config = gemma4_config(30, "full")
+    model = build(config, device="meta")
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == 25233
+    assert config.layer_types.count("full_attention") == 5
+    for layers in (1, 2, 5, 6, 8):
+        kinds = gemma4_config(layers, "tiny").layer_types
+        assert len(kinds) == layers
+        assert kinds[-1] == "full_attention"
+
+
+def test_build_leaves_the_global_rng_alone_and_follows_its_seed() -> None:
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    one, again, other = (build(gemma4_config(1, "tiny"), seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    pairs = list(zip(one.parameters(), again.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b, _ in pairs)
+    assert not all(torch.equal(a, c) for a, _, c in pairs)
+
+
+def test_models_without_key_value_caches_are_refused() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 64, "state_size": 8}
+    mamba = build(transformers.MambaConfig(**sizes))
+    with pytest.raises(InputError):
+        DecodeStep(mamba, batch=1, context=8)
+    with pytest.raises(InputError, match="at least one token"):
+        DecodeStep(build(gemma4_config(1, "tiny")), batch=0, context=8)
+
+
+def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "auxstream.capture.huggingface")
+    with pytest.raises(MissingDependencyError) as caught:
+        importlib.import_module("auxstream.capture.huggingface")
+    assert "auxstream[hf]" in caught.value.remedy
