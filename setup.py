@@ -1,4 +1,5 @@
 """One import name, `auxstream`; the folders below it live at the repository's top level."""
+
 from setuptools import setup
 
 setup(

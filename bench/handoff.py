@@ -158,7 +158,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=200)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        raise AuxstreamError("bench.handoff measures CUDA streams", came="no GPU", remedy="run it on a machine with one")
+        raise AuxstreamError(
+            "bench.handoff measures CUDA streams", came="no GPU", remedy="run it on a machine with one"
+        )
     x, y = torch.zeros(256, device="cuda"), torch.zeros(256, device="cuda")
     results: dict[str, Any] = {}
     host = {name: host_sample(run) for name, run in host_variants(x, y).items()}
@@ -174,7 +176,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for name, value in interleave(graph_variants(200), 50, "us").items():
         results[f"graph: {name}"] = value
         print(f"  {name:48} {value}")
-    added = results["graph: fork, one kernel on each side, join"].median - results["graph: one kernel, straight line"].median
+    added = (
+        results["graph: fork, one kernel on each side, join"].median
+        - results["graph: one kernel, straight line"].median
+    )
     results["fork and join in a graph"] = {"median": added, "unit": "us"}
     print(f"  fork and join add to a kernel: {added:.2f} us")
     write(options.json, "handoff", results)

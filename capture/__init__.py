@@ -1,6 +1,22 @@
-"""Capture: trace, mark, schedule, record, prove, replay."""
+"""Capture: trace, mark, insert, record, prove, replay."""
 
+from .branches import find_branches
+from .compiler import CompiledModel, compile
 from .graphs import CapturedGraph, graph
+from .mark import mark_multi_stream_moe_shared_experts
+from .options import Options
 from .proof import Report, verify
+from .schedule import insert_regions
 
-__all__ = ["CapturedGraph", "Report", "graph", "verify"]
+__all__ = [
+    "CapturedGraph",
+    "CompiledModel",
+    "Options",
+    "Report",
+    "compile",
+    "find_branches",
+    "graph",
+    "insert_regions",
+    "mark_multi_stream_moe_shared_experts",
+    "verify",
+]

@@ -38,7 +38,12 @@ class CompiledModel:
     """
 
     def __init__(
-        self, traced: TracedGraph, regions: tuple[RegionPlan, ...], inputs: Sequence[Any], captured: CapturedGraph, outputs: Any
+        self,
+        traced: TracedGraph,
+        regions: tuple[RegionPlan, ...],
+        inputs: Sequence[Any],
+        captured: CapturedGraph,
+        outputs: Any,
     ) -> None:
         self.regions = regions
         self.graph = captured
@@ -81,7 +86,11 @@ def _copy_in(name: str, static: Any, value: Any) -> None:
                 remedy="pass a tensor if it must vary, or compile for this value too",
             )
         return
-    if not isinstance(value, Tensor) or (value.shape, value.dtype, value.device) != (static.shape, static.dtype, static.device):
+    if not isinstance(value, Tensor) or (value.shape, value.dtype, value.device) != (
+        static.shape,
+        static.dtype,
+        static.device,
+    ):
         came = f"{tuple(value.shape)} {value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)
         raise InputError(
             f"input {name!r} differs from the captured one",
@@ -92,7 +101,9 @@ def _copy_in(name: str, static: Any, value: Any) -> None:
     static.copy_(value)
 
 
-def compile(model: nn.Module, example_inputs: Any, options: Options | None = None, *, name: str = "model") -> CompiledModel:
+def compile(
+    model: nn.Module, example_inputs: Any, options: Options | None = None, *, name: str = "model"
+) -> CompiledModel:
     """Compile a model for the shapes of `example_inputs`.
 
     Args:
@@ -120,7 +131,13 @@ def compile(model: nn.Module, example_inputs: Any, options: Options | None = Non
     dump.write("2-regions", traced.graph_module.print_readable(print_output=False))
 
     captured, leaves = warm_up_and_capture(
-        traced.graph_module, inputs, _mutated(traced, inputs), device, name=name, verify=options.verify, warmup=options.warmup
+        traced.graph_module,
+        inputs,
+        _mutated(traced, inputs),
+        device,
+        name=name,
+        verify=options.verify,
+        warmup=options.warmup,
     )
     dump.write("3-program", str(captured.program))
     dump.write("4-report", str(captured.report))

@@ -79,7 +79,9 @@ class CudaCapture:
         self._outer_device = torch.cuda.current_device()
         torch.cuda.set_device(self._device)
         self._caller = torch.cuda.current_stream()
-        self._lane = None if self._given_stream is not None else _capture_streams(self._device, threading.get_ident()).take(0)
+        self._lane = (
+            None if self._given_stream is not None else _capture_streams(self._device, threading.get_ident()).take(0)
+        )
         stream = self._given_stream if self._lane is None else self._lane.torch_stream
         assert stream is not None
         stream.wait_stream(self._caller)
@@ -129,5 +131,3 @@ class CudaCapture:
             self._lane.pool.give_back(self._lane)
         if self._collecting:
             gc.enable()
-
-

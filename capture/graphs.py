@@ -183,7 +183,9 @@ def graph(
     mode = SETTINGS.verify or verify
     if mode not in VERIFY_VALUES:
         raise CaptureError(f"graph {name!r}: unknown verify={mode!r}", expected=", ".join(VERIFY_VALUES))
-    chosen = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = (
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     if chosen.type != "cpu" and not (chosen.type == "cuda" and torch.cuda.is_available()):
         raise CaptureError(
             f"graph {name!r} cannot capture on device {str(chosen)!r}",
@@ -280,7 +282,9 @@ def _capture(
     captured.ready(GraphMemory(capture.reserved))
 
 
-def _close(captured: CapturedGraph, recorder: Recorder, machine: RecordingMachine, program: Program, mode: Verify) -> None:
+def _close(
+    captured: CapturedGraph, recorder: Recorder, machine: RecordingMachine, program: Program, mode: Verify
+) -> None:
     """Attach what was recorded, prove it, and act on a failed proof."""
     report = not_checked(program) if mode == "off" else prove(program)
     captured.attach(program, report, tuple(machine.names), recorder.outside)

@@ -395,6 +395,8 @@ def find_hazards(graph: Graph) -> list[Hazard]:
                 history.write(access.start, access.stop)
     rank = {node: place for place, node in enumerate(order.topological)}
     by_order = sorted(history.races.items(), key=lambda race: (rank[race[0][1]], rank[race[0][0]], race[0][2:]))
-    return [Hazard(a, b, start, stop, a_writes, b_writes)
-            for (a, b, a_writes, b_writes), spans in by_order
-            for start, stop in _union(spans)]
+    return [
+        Hazard(a, b, start, stop, a_writes, b_writes)
+        for (a, b, a_writes, b_writes), spans in by_order
+        for start, stop in _union(spans)
+    ]

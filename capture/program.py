@@ -38,7 +38,9 @@ class TensorRef:
         if 0 in self.size:
             return ()
         # Innermost dims first: a dim that continues the run so far lengthens it, any other repeats it.
-        dims = sorted((stride, size) for stride, size in zip(self.stride, self.size, strict=True) if size > 1 and stride)
+        dims = sorted(
+            (stride, size) for stride, size in zip(self.stride, self.size, strict=True) if size > 1 and stride
+        )
         repeats: list[tuple[int, int]] = []
         for stride, size in dims:
             if not repeats and stride * item <= length:
@@ -151,7 +153,9 @@ class Program:
         step = self.steps[index]
         assert isinstance(step, Wait), step
         gone = Record(step.stream, f"{step.what} (wait removed)")
-        return Program((*self.steps[:index], gone, *self.steps[index + 1 :]), self.buffers, self.stream_names, self.arena_bytes)
+        return Program(
+            (*self.steps[:index], gone, *self.steps[index + 1 :]), self.buffers, self.stream_names, self.arena_bytes
+        )
 
     def __str__(self) -> str:
         lines: list[str] = []

@@ -106,7 +106,9 @@ def verify(graph: Program | HasProgram) -> Report:
     strangers = [step for step in program.steps if step.stream not in known]
     unattributed = tuple(
         dict.fromkeys(
-            f"`{step.name}` ran on a stream no region opened, at {step.line}" for step in strangers if isinstance(step, Op)
+            f"`{step.name}` ran on a stream no region opened, at {step.line}"
+            for step in strangers
+            if isinstance(step, Op)
         )
     )
     ops = sum(isinstance(step, Op) for step in program.steps)

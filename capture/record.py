@@ -36,7 +36,9 @@ _ROOTS: Final = tuple(
 )
 
 # In-place ops that overwrite without reading; every other written argument counts as read too.
-_OVERWRITES: Final = frozenset({"copy_", "fill_", "zero_", "uniform_", "normal_", "random_", "exponential_", "bernoulli_"})
+_OVERWRITES: Final = frozenset(
+    {"copy_", "fill_", "zero_", "uniform_", "normal_", "random_", "exponential_", "bernoulli_"}
+)
 
 # Schemas that hide a write: op name -> positions of the arguments it mutates.
 _HIDDEN_WRITES: Final[Mapping[str, tuple[int, ...]]] = {
@@ -156,7 +158,9 @@ class Recorder(TorchDispatchMode):
         if known is not None:
             return known.buffer
         buffer = len(self.buffers)
-        self.buffers.append(Buffer(storage.data_ptr(), storage.nbytes(), None, label or f"outside tensor {tuple(tensor.shape)}"))
+        self.buffers.append(
+            Buffer(storage.data_ptr(), storage.nbytes(), None, label or f"outside tensor {tuple(tensor.shape)}")
+        )
         self._storages[storage._cdata] = _Storage(storage, buffer)
         with torch.inference_mode(False):  # or replays outside of it could not write there
             self.outside[buffer] = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
@@ -229,7 +233,17 @@ class Recorder(TorchDispatchMode):
         if not made and (views or not (write_refs or (read_refs and result is None))):
             return result  # a view, or an op on the host: it touches no byte of the program
         self._append(
-            Op(stream, func, plain_args, plain_kwargs, fresh, read_refs, (*made, *write_refs), source_line(), self.region)
+            Op(
+                stream,
+                func,
+                plain_args,
+                plain_kwargs,
+                fresh,
+                read_refs,
+                (*made, *write_refs),
+                source_line(),
+                self.region,
+            )
         )
         for ref in (*made, *write_refs):
             self._written[ref.buffer] = (stream, self._clocks[stream][stream])

@@ -41,9 +41,7 @@ class Simulation:
         self._visible = dict(visible)
         with torch.inference_mode(False):  # replays may come in any mode
             self._arena = torch.empty(max(program.arena_bytes, 1), dtype=torch.uint8)
-            self._bound = {
-                index: self._bind(step) for index, step in enumerate(program.steps) if isinstance(step, Op)
-            }
+            self._bound = {index: self._bind(step) for index, step in enumerate(program.steps) if isinstance(step, Op)}
         self._draws = self._random_ops()
 
     def of(self, program: Program) -> Simulation:
@@ -176,4 +174,3 @@ class ShadowMemory:
             if writer != expected:
                 return Violation(step, expected, writer)
         return None
-

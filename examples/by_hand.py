@@ -1,7 +1,7 @@
 """Two branches side by side, by hand. Without a GPU, a simulated machine replays the graph. Change a line, run again:
 
-  A  delete the line         a warning that nobody waited for 'shared_expert', then the capture refuses the sum
-  B  delete `, h`            a warning names the undeclared read; the read is made safe, and the numbers stay equal
+A  delete the line         a warning that nobody waited for 'shared_expert', then the capture refuses the sum
+B  delete `, h`            a warning names the undeclared read; the read is made safe, and the numbers stay equal
 """
 
 import torch

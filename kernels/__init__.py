@@ -1,0 +1,1 @@
+"""MLIR fusion lives here; not built yet."""

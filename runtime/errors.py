@@ -61,7 +61,9 @@ class RaceError(AuxstreamError):
     """A graph whose proof failed; `report` holds the races."""
 
     def __init__(self, what: str, report: object) -> None:
-        super().__init__(what, remedy="declare what the branch reads in fork(), and join the region before its results are used")
+        super().__init__(
+            what, remedy="declare what the branch reads in fork(), and join the region before its results are used"
+        )
         self.report = report
 
 

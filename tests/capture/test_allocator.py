@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from auxstream.capture.allocator import BASE, GRANULE, AllocatorModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from auxstream.capture.allocator import BASE, GRANULE, AllocatorModel
 
 STREAMS = 3
 Step = tuple[str, int, int]  # what, stream or who, bytes

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
-from auxstream.capture.branches import find_branches
-from auxstream.capture.dataflow import RNG, Dataflow, positions
-from auxstream.capture.trace import trace
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+
+from auxstream.capture.branches import find_branches
+from auxstream.capture.dataflow import RNG, Dataflow, positions
+from auxstream.capture.trace import trace
 
 
 def execute(gm: GraphModule, order: Iterable[Node], inputs: Sequence[Tensor]) -> list[Tensor]:

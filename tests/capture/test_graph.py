@@ -34,9 +34,10 @@ def test_verify_modes() -> None:
         racy(x)
     assert "'strict'" in str(caught.value)
     assert not caught.value.report.ok
-    with pytest.warns(AuxstreamWarning, match="'lenient' is not proved"), auxstream.graph(  # noqa: PT031
-        "lenient", device="cpu", verify="warn"
-    ) as g:
+    with (
+        pytest.warns(AuxstreamWarning, match="'lenient' is not proved"),
+        auxstream.graph("lenient", device="cpu", verify="warn") as g,
+    ):
         racy(x)
     assert len(g.report.races) > 0
     g.replay()
@@ -49,7 +50,9 @@ def test_verify_modes() -> None:
     g.replay()
 
 
-@pytest.mark.parametrize(("arguments", "text"), [({"verify": "loud"}, "off, warn, error"), ({"device": "meta"}, "'cpu'")])
+@pytest.mark.parametrize(
+    ("arguments", "text"), [({"verify": "loud"}, "off, warn, error"), ({"device": "meta"}, "'cpu'")]
+)
 def test_bad_arguments(arguments: dict[str, str], text: str) -> None:
     with pytest.raises(CaptureError, match=text), auxstream.graph("odd", **arguments):  # type: ignore[arg-type]
         pytest.fail("the block must not run")
@@ -157,9 +160,12 @@ def test_a_result_used_before_the_join_is_an_error() -> None:
 
 def test_a_result_not_returned_is_made_good_with_a_warning() -> None:
     x = torch.ones(256)
-    with pytest.warns(AuxstreamWarning, match=r"mul\.Tensor on caller reads an undeclared"), auxstream.graph(  # noqa: PT031
-        device="cpu"
-    ) as g:
+    with (
+        pytest.warns(AuxstreamWarning, match=r"mul\.Tensor on caller reads an undeclared"),
+        auxstream.graph(  # noqa: PT031
+            device="cpu"
+        ) as g,
+    ):
         with auxstream.aux_region("aux", x) as region:
             y = x + 1
         region.join()

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from itertools import combinations
 
 import pytest
-from auxstream.capture import hazards
-from auxstream.capture.hazards import Access, Graph, Hazard, Order, find_hazards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from auxstream.capture import hazards
+from auxstream.capture.hazards import Access, Graph, Hazard, Order, find_hazards
 
 Edge = tuple[int, int]
 Range = tuple[int, int]
@@ -199,17 +200,25 @@ ODD = [(8 * i + 4, 8 * i + 8) for i in range(COLUMNS)]
         pytest.param(
             Graph((node(writes=[(0, 8)]), *[node(reads=[(100, 200)]) for _ in range(9)]), ()), id="weight_read_by_many"
         ),
-        pytest.param(Graph((node(writes=[(0, 8)]), *[node(reads=[(0, 8)]) for _ in range(5)]),
-                           tuple((0, n) for n in range(1, 6))), id="written_once_then_read_by_many"),
+        pytest.param(
+            Graph(
+                (node(writes=[(0, 8)]), *[node(reads=[(0, 8)]) for _ in range(5)]), tuple((0, n) for n in range(1, 6))
+            ),
+            id="written_once_then_read_by_many",
+        ),
         pytest.param(Graph((node(), node(writes=[(0, 8)]), node(writes=[(8, 16)])), FORK), id="disjoint_halves"),
         pytest.param(Graph((node(), node(reads=[(0, 8)]), node(writes=[(8, 9)])), FORK), id="touching_intervals"),
         pytest.param(
-            Graph((node(), node(writes=EVEN), node(writes=ODD), node(reads=[(0, 8 * COLUMNS)])),
-                  (*FORK, (1, 3), (2, 3))), id="interleaved_columns",
+            Graph(
+                (node(), node(writes=EVEN), node(writes=ODD), node(reads=[(0, 8 * COLUMNS)])), (*FORK, (1, 3), (2, 3))
+            ),
+            id="interleaved_columns",
         ),
         pytest.param(
-            Graph((node(writes=[(0, 8)]), node(), node(), node(), node(writes=[(0, 8)])),
-                  ((0, 1), (1, 2), (2, 3), (3, 4))), id="transitive_join",
+            Graph(
+                (node(writes=[(0, 8)]), node(), node(), node(), node(writes=[(0, 8)])), ((0, 1), (1, 2), (2, 3), (3, 4))
+            ),
+            id="transitive_join",
         ),
         pytest.param(Graph((node(), node(writes=[(4, 4)]), node(writes=[(0, 8)])), FORK), id="zero_size"),
         pytest.param(Graph((node(reads=[(0, 8)], writes=[(0, 8), (4, 12)]),), ()), id="node_against_itself"),

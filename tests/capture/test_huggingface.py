@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from auxstream.capture.mark import mark_multi_stream_moe_shared_experts
 from auxstream.capture.schedule import insert_regions
 from auxstream.capture.trace import trace
 from auxstream.runtime.errors import InputError, MissingDependencyError, TraceError
-from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 from auxstream.capture.huggingface import DecodeStep, build, gemma4_config  # noqa: E402

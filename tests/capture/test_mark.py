@@ -7,11 +7,12 @@ from typing import Literal
 
 import pytest
 import torch
-from auxstream.capture.mark import MarkedRegion, mark_multi_stream_moe_shared_experts
-from auxstream.capture.trace import trace
 from moe_blocks import HIDDEN, INNER, MERGES, TOKENS, Dense, Layer, Model, Routed, RoutedOnly, add_rms_norm, routed_sum
 from torch import Tensor, nn
 from torch.fx import GraphModule
+
+from auxstream.capture.mark import MarkedRegion, mark_multi_stream_moe_shared_experts
+from auxstream.capture.trace import trace
 
 
 def traced(model: nn.Module, *args: Tensor) -> GraphModule:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from auxstream.capture.orders import Orders
 from auxstream.capture.program import Buffer, Op, Program, Record, Step, TensorRef, Wait
 from auxstream.capture.proof import verify
 from auxstream.capture.simulate import ShadowMemory
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 # Bytes of each buffer: `a` and `b` share a block (one was freed and reused), `c` overlaps the end of `b`'s.
 BUFFERS = (Buffer(100, 4, 0, "a"), Buffer(100, 4, 0, "b"), Buffer(102, 4, 1, "c"), Buffer(200, 4, 1, "d"))

@@ -6,10 +6,11 @@ from itertools import product
 
 import pytest
 import torch
-from auxstream.capture.hazards import Access
-from auxstream.capture.program import MOST_RUNS, Buffer, Op, Program, Record, TensorRef, Wait
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from auxstream.capture.hazards import Access
+from auxstream.capture.program import MOST_RUNS, Buffer, Op, Program, Record, TensorRef, Wait
 
 BASE = 4096
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.complex64)

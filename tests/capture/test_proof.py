@@ -56,9 +56,7 @@ def twin_of(g: SimulatedGraph, out: Tensor, program: Program) -> Callable[[int],
 
 
 def wait_at(program: Program, stream: int, what: str) -> int:
-    (index,) = [
-        i for i, s in enumerate(program.steps) if isinstance(s, Wait) and s.stream == stream and s.what == what
-    ]
+    (index,) = [i for i, s in enumerate(program.steps) if isinstance(s, Wait) and s.stream == stream and s.what == what]
     return index
 
 
@@ -208,9 +206,7 @@ def test_a_temporary_not_handed_over_is_reused_and_corrupts() -> None:
     hazards = find_hazards(g.program.graph())
     orders = g.simulation.orders
     assert (
-        wrong_replays(
-            lambda k: g.simulation.run(orders.adversarial(k, hazards)), x, out, caller_temporary_serially
-        )
+        wrong_replays(lambda k: g.simulation.run(orders.adversarial(k, hazards)), x, out, caller_temporary_serially)
         == REPLAYS
     )
     assert wrong_replays(lambda _: g.replay(), x, out, caller_temporary_serially) > 0, "unproved: orders are drawn"

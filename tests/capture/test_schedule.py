@@ -8,12 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from auxstream.capture import handoff_ops
-from auxstream.capture.branches import find_branches
-from auxstream.capture.mark import MarkedRegion, mark_multi_stream_moe_shared_experts
-from auxstream.capture.schedule import RegionPlan, insert_regions
-from auxstream.capture.trace import trace
-from auxstream.runtime.errors import RegionError
 from moe_blocks import HIDDEN, MERGES, TOKENS, Layer, Model, add_rms_norm
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -21,6 +15,13 @@ from torch.fx import GraphModule, Node
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from auxstream.capture import handoff_ops
+from auxstream.capture.branches import find_branches
+from auxstream.capture.mark import MarkedRegion, mark_multi_stream_moe_shared_experts
+from auxstream.capture.schedule import RegionPlan, insert_regions
+from auxstream.capture.trace import trace
+from auxstream.runtime.errors import RegionError
 
 X = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(3))
 

@@ -523,7 +523,9 @@ def test_held_tensors_live_until_the_join() -> None:
         _, g = arena_blocks(lambda: work(hold=hold))
         (old,) = [b for b in g.program.buffers if b.label == "mul.Tensor"]
         ops = [step for step in g.program.steps if isinstance(step, Op)]
-        return [op.region or "caller" for op in ops if g.program.buffers[op.writes[0].buffer].address == old.address][1:]
+        return [op.region or "caller" for op in ops if g.program.buffers[op.writes[0].buffer].address == old.address][
+            1:
+        ]
 
     held = arena_blocks(lambda: work(hold=True))[1]
     free = arena_blocks(lambda: work(hold=False))[1]

@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from auxstream.capture.trace import trace
 from auxstream.runtime.errors import TraceError
-from torch import Tensor, nn
 
 
 class Cached(nn.Module):

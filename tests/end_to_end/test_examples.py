@@ -12,9 +12,11 @@ JOIN = "    region.join()  # A: the caller's stream waits; the host does not\n"
 READ = 'fork("shared_expert", h)'
 SUM = "return x + (routed + shared)"
 
+
 def run(script: Path) -> subprocess.CompletedProcess[str]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("AUXSTREAM_")}
     return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, env=environ)
+
 
 def changed(folder: Path, *changes: tuple[str, str]) -> Path:
     text = BY_HAND.read_text()
@@ -25,6 +27,7 @@ def changed(folder: Path, *changes: tuple[str, str]) -> Path:
     script.write_text(text)
     return script
 
+
 def test_as_it_stands() -> None:
     done = run(BY_HAND)
     assert done.returncode == 0, done.stderr
@@ -33,8 +36,10 @@ def test_as_it_stands() -> None:
     assert "no race" in done.stdout
     assert "Warning" not in done.stderr
 
+
 def test_is_short_enough_to_read_at_once() -> None:
     assert len(BY_HAND.read_text().splitlines()) <= 40
+
 
 def test_without_the_join_the_capture_refuses(tmp_path: Path) -> None:
     done = run(changed(tmp_path, (JOIN, "")))
@@ -45,6 +50,7 @@ def test_without_the_join_the_capture_refuses(tmp_path: Path) -> None:
     assert SUM in done.stderr
     assert "replays equal" not in done.stdout
 
+
 def test_without_the_join_and_without_a_use_the_capture_names_the_open_region(tmp_path: Path) -> None:
     done = run(changed(tmp_path, (JOIN, ""), (SUM, "return x + routed")))
     assert done.returncode != 0
@@ -52,10 +58,10 @@ def test_without_the_join_and_without_a_use_the_capture_names_the_open_region(tm
     assert "'shared_expert'" in error
     assert "region.join()" in error
 
+
 def test_without_the_declared_read_a_warning_names_it(tmp_path: Path) -> None:
     done = run(changed(tmp_path, (READ, 'fork("shared_expert")')))
     assert done.returncode == 0, done.stderr
     assert "AuxstreamWarning" in done.stderr
     assert "reads an undeclared tensor made by `native_layer_norm.default`" in done.stderr
     assert "100 of 100 replays equal serial, bit for bit" in done.stdout
-

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+import auxstream
 from auxstream.runtime import ranges
 from auxstream.runtime.errors import (
     AuxstreamError,
@@ -22,11 +25,8 @@ from auxstream.runtime.errors import (
     RegionError,
     UndeclaredAccessError,
 )
-from auxstream.runtime.machine import INLINE, InlineMachine, current_machine, thread_state, using_machine
+from auxstream.runtime.machine import INLINE, InlineMachine, thread_state, using_machine
 from auxstream.runtime.regions import Region, State, open_region
-from torch import Tensor
-
-import auxstream
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors in eager: test_cuda.py has the GPU's")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from auxstream.runtime.errors import AuxstreamError, SettingsError
 from auxstream.runtime.settings import MEANING, Settings, read_settings
 
