@@ -400,8 +400,12 @@ def _progress(console: Console) -> Progress:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The demo's command line."""
     parser.add_argument("--layers", type=int, help="decoder layers (default 2; 30 with --size full)")
-    parser.add_argument("--size", choices=("tiny", "real", "full"), help="tiny: small dimensions (default without a GPU); "
-                        "real: Gemma-4-26B-A4B's layers (default on a GPU); full: real, all 30 layers")  # fmt: skip
+    parser.add_argument(
+        "--size",
+        choices=("tiny", "real", "full"),
+        help="tiny: small dimensions (default without a GPU); real: the layers of Gemma-4-26B-A4B (default on a GPU); "
+        "full: real, and all 30 of them",
+    )
     parser.add_argument("--batch", type=int, default=1, help="sequences per step")
     parser.add_argument("--replays", type=int, help="replays compared bit for bit (default 1000 on a GPU, 40 without)")
     parser.add_argument("--rounds", type=int, default=15, help="timing rounds (GPU)")

@@ -26,12 +26,17 @@ def _capture_streams(device: int, thread: int) -> LanePool:
     return LanePool(device, 0)
 
 
+def _index(device: torch.device) -> int:
+    given: int | None = device.index  # None in `torch.device("cuda")`, whatever the stubs say
+    return torch.cuda.current_device() if given is None else given
+
+
 class CaptureStream:
     """The stream a model is warmed up and captured on, taken for a block. Warm-up and capture must share streams (and
     the lanes, which come lowest first in both), or cuBLAS would allocate its workspaces inside the capture."""
 
     def __init__(self, device: torch.device) -> None:
-        index = torch.cuda.current_device() if device.index is None else device.index
+        index = _index(device)
         self._lane = _capture_streams(index, threading.get_ident()).take(0)
         self.torch_stream = self._lane.torch_stream
 
@@ -62,7 +67,7 @@ class CudaCapture:
     ) -> None:
         self.reserved = 0
         self._graph = graph
-        self._device = torch.cuda.current_device() if device.index is None else device.index
+        self._device = _index(device)
         self._shared_pool = pool
         self._given_stream = stream
 
@@ -108,7 +113,7 @@ class CudaCapture:
                 raise CaptureError(
                     "CUDA could not end the capture",
                     came=str(end_error).partition("\n")[0],
-                    remedy="an op in the block cannot be captured, or a stream that joined the capture was not joined back",
+                    remedy="an op in the block cannot be captured, or a stream forked in it was not joined back",
                 ) from end_error
         else:
             if error is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.fx.node import has_side_effect
 
 from .handoff_ops import region_enter, region_fork
 
@@ -27,7 +28,7 @@ def _spin_kernel() -> Any:
     def spin(nanoseconds, slot):  # type: ignore[no-untyped-def]
         limit = tl.load(nanoseconds + slot)
         start = globaltimer()
-        while globaltimer() - start < limit:
+        while globaltimer() - start < limit:  # pyright: ignore[reportOperatorIssue]
             pass
 
     return spin
@@ -44,7 +45,7 @@ def delay(nanoseconds: Tensor, slot: int) -> None:
 def _(nanoseconds: Tensor, slot: int) -> None: ...
 
 
-torch.fx.node.has_side_effect(torch.ops.auxstream.delay.default)
+has_side_effect(torch.ops.auxstream.delay.default)
 
 
 def insert_delays(module: GraphModule, nanoseconds: Tensor) -> None:

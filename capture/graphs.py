@@ -8,7 +8,7 @@ the RNG are as before, and nothing stays half-captured.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -165,7 +165,7 @@ def graph(
     device: torch.device | str | None = None,
     pool: Any = None,
     stream: torch.cuda.Stream | None = None,
-) -> Iterator[CapturedGraph]:
+) -> Generator[CapturedGraph]:
     """Capture a block of work: `with auxstream.graph() as g: out = model(x)`, then `g.replay()`.
 
     Args:
@@ -206,7 +206,7 @@ def graph(
 
 
 @contextmanager
-def _recording(machine: RecordingMachine, *modes: Any) -> Iterator[None]:
+def _recording(machine: RecordingMachine, *modes: Any) -> Generator[None]:
     """Put the recorder and its machine in force, and leave no region open behind, error or not."""
     machine.begin()
     try:
@@ -239,7 +239,7 @@ def _abandon(machine: RecordingMachine, error: BaseException) -> None:
 
 
 @contextmanager
-def _record(name: str, mode: Verify) -> Iterator[CapturedGraph]:
+def _record(name: str, mode: Verify) -> Generator[CapturedGraph]:
     captured = SimulatedGraph(name)
     recorder = Recorder(allocator=AllocatorModel(), watch=mode)
     below = InlineStreams(lambda: CALLER) if SETTINGS.disable else SimulatedStreams()
@@ -264,7 +264,7 @@ def _record(name: str, mode: Verify) -> Iterator[CapturedGraph]:
 @contextmanager
 def _capture(
     name: str, mode: Verify, device: torch.device, pool: Any, stream: torch.cuda.Stream | None
-) -> Iterator[CapturedGraph]:
+) -> Generator[CapturedGraph]:
     from ..runtime.cuda import CudaMachine
     from .cuda_capture import CudaCapture
 

@@ -75,10 +75,10 @@ class _Storage:
 
     def __init__(self, storage: torch.UntypedStorage, buffer: int) -> None:
         self.buffer = buffer
-        self.weak: int = storage._weak_ref()
+        self.weak: Any = storage._weak_ref()
 
     def expired(self) -> bool:
-        return torch.UntypedStorage._expired(self.weak)
+        return bool(torch.UntypedStorage._expired(self.weak))
 
     def __del__(self) -> None:
         torch.UntypedStorage._free_weak_ref(self.weak)
@@ -190,7 +190,7 @@ class Recorder(TorchDispatchMode):
     def live_storages(self) -> Iterator[tuple[int, torch.UntypedStorage]]:
         """Buffers of the program whose storages are alive now: what the user can still see."""
         for storage in self._inside_live.values():
-            alive = torch.UntypedStorage._new_with_weak_ptr(storage.weak)
+            alive: Any = torch.UntypedStorage._new_with_weak_ptr(storage.weak)
             if alive is not None:
                 yield storage.buffer, alive
 
@@ -382,7 +382,7 @@ class Recorder(TorchDispatchMode):
                     f"{func} uses a CPU tensor of shape {tuple(tensor.shape)} inside a GPU capture, at {source_line()}",
                     expected="tensors on the GPU, or pinned host memory",
                     came="pageable host memory, which a graph cannot copy from",
-                    remedy="move it to the GPU before the capture, and copy new values into that tensor between replays",
+                    remedy="move it to the GPU before the capture, and copy new values into it between replays",
                 )
 
     def finish(self) -> Program:

@@ -6,7 +6,7 @@ enqueued on the current stream; nothing waits on the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @contextmanager
-def preserved(tensors: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+def preserved(tensors: Sequence[Tensor], device: torch.device) -> Generator[None]:
     """Run the block, then restore `tensors` and the generators of the CPU and of `device`, error or not."""
     saved = [tensor.detach().clone() for tensor in tensors]
     cpu = torch.get_rng_state()

@@ -11,7 +11,7 @@ from typing import Any, Final
 from .errors import AuxstreamError, CaptureError, MissingDependencyError, RegionError
 
 try:
-    from cuda.bindings import driver as cuda
+    from cuda.bindings import driver as cuda  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError as error:
     raise MissingDependencyError(
         "cuda-python is not installed", came=str(error), remedy="pip install 'cuda-bindings>=12.9'"

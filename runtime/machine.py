@@ -8,7 +8,7 @@ recording machine of capture/record.py, which `auxstream.graph` puts in force on
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -94,7 +94,7 @@ def current_machine() -> Machine:
 
 
 @contextmanager
-def using_machine(machine: Machine) -> Iterator[None]:
+def using_machine(machine: Machine) -> Generator[None]:
     """Put `machine` in force on this thread for the block."""
     before = thread_state.machine
     thread_state.machine = machine

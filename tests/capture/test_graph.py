@@ -160,11 +160,9 @@ def test_a_result_used_before_the_join_is_an_error() -> None:
 
 def test_a_result_not_returned_is_made_good_with_a_warning() -> None:
     x = torch.ones(256)
-    with (
+    with (  # noqa: PT031
         pytest.warns(AuxstreamWarning, match=r"mul\.Tensor on caller reads an undeclared"),
-        auxstream.graph(  # noqa: PT031
-            device="cpu"
-        ) as g,
+        auxstream.graph(device="cpu") as g,
     ):
         with auxstream.aux_region("aux", x) as region:
             y = x + 1

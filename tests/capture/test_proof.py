@@ -213,7 +213,7 @@ def test_a_temporary_not_handed_over_is_reused_and_corrupts() -> None:
 
 
 def test_the_default_order_is_safe_by_construction() -> None:
-    """Caller first and the live-in held by its own variable: nothing is freed before the branch is enqueued and joined."""
+    """Caller first, and the live-in held by its own variable: nothing is freed before the branch is joined."""
 
     def work(x: Tensor) -> Tensor:
         h = x * 2

@@ -1,0 +1,231 @@
+"""Regions on a GPU: eager, under auxstream.graph, under the user's own torch.cuda.graph. Delays force the orders."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import auxstream
+from auxstream.capture.delays import delay
+from auxstream.capture.graphs import graph
+from auxstream.runtime.errors import CaptureError, HostReadError, RaceError, RegionError
+from auxstream.runtime.regions import fork, open_region
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.timeout(120),
+]
+
+LONG = 300_000  # ns, far longer than the kernels here
+
+
+class Work:
+    """Two branches over one temporary, with a delay in each; `serial` is the reference."""
+
+    def __init__(self) -> None:
+        self.x = torch.randn(512, 512, device="cuda")
+        self.w = torch.randn(512, 512, device="cuda") / 32
+        self.ns = torch.zeros(2, dtype=torch.int64, device="cuda")
+        delay(self.ns, 0)
+        self.parallel()  # warm: kernels loaded, lanes made
+
+    def serial(self) -> Tensor:
+        h = self.x * 2
+        return h @ self.w + (h + 1) @ self.w
+
+    def parallel(self) -> Tensor:
+        h = self.x * 2
+        region = fork("branch", h)
+        delay(self.ns, 0)
+        y = h @ self.w
+        with region:
+            delay(self.ns, 1)
+            z = region.returns((h + 1) @ self.w)
+        region.join()
+        return y + z
+
+    def draw(self, turn: int) -> None:
+        self.x.normal_()
+        self.ns.copy_(torch.tensor([LONG * (turn % 2), LONG * ((turn + 1) % 2)]))
+
+
+@pytest.fixture
+def work() -> Work:
+    return Work()
+
+
+def check(work: Work, run: Callable[[], Tensor], turns: int = 20) -> None:
+    for turn in range(turns):
+        work.draw(turn)
+        assert torch.equal(run(), work.serial()), turn
+
+
+def test_eager(work: Work) -> None:
+    check(work, work.parallel)
+
+
+def test_captured_and_proved(work: Work) -> None:
+    with graph() as g:
+        out = work.parallel()
+    assert g.report.ok
+    assert g.regions == ("branch",)
+
+    def replay() -> Tensor:
+        g.replay()
+        return out
+
+    check(work, replay)
+
+
+def test_under_the_users_own_capture_and_eager_after_it(work: Work) -> None:
+    own = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(own):
+        out = work.parallel()
+
+    def replay() -> Tensor:
+        own.replay()
+        return out
+
+    check(work, replay)
+    check(work, work.parallel)
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "twin"])
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+def test_a_temporary_reused_while_a_lane_reads_it(work: Work, recorded: bool, captured: bool) -> None:
+    reused: list[bool] = []
+
+    def step() -> Tensor:
+        h = work.x * 2
+        address = h.data_ptr()
+        region = open_region("late", recorded=(h,) if recorded else ())
+        with region:
+            delay(work.ns, 1)
+            z = region.returns(h + 1)
+        region.recorded = ()  # the region's own reference would hold the block
+        del h
+        filler = torch.full_like(work.x, 7.0)
+        reused.append(filler.data_ptr() == address)
+        region.join()
+        return z
+
+    work.ns.copy_(torch.tensor([0, LONG]))
+    run = step
+    if captured:
+        with graph(verify="error" if recorded else "off") as g:
+            out = step()
+
+        def run() -> Tensor:
+            g.replay()
+            return out
+
+    wrong = 0
+    for _ in range(5):
+        work.x.normal_()
+        wrong += not torch.equal(run(), work.x * 2 + 1)
+    assert all(reused) is not recorded
+    assert wrong == (0 if recorded else 5)
+
+
+def test_the_checker_names_the_reused_block(work: Work) -> None:
+    with pytest.raises(RaceError) as caught, graph():
+        h = work.x * 2
+        region = open_region("late", held=(h,))
+        with region:
+            z = region.returns(h + 1)
+        region.held = ()
+        del h
+        torch.full_like(work.x, 7.0)
+        region.join()
+    assert any(race.reuse for race in caught.value.report.races)  # type: ignore[attr-defined]
+    assert z is not None
+
+
+def test_lanes_are_distinct_streams(work: Work) -> None:
+    regions = [fork(f"r{index}", work.x) for index in range(40)]
+    handles = {region.lane.handle for region in regions}
+    assert len(handles) == 40
+    assert torch.cuda.current_stream().cuda_stream not in handles
+    for region in regions:
+        with region:
+            pass
+        region.join()
+
+
+@pytest.mark.parametrize("fault", ["open", "item", "host tensor", "own error"])
+def test_a_failed_capture_leaves_nothing_behind(work: Work, fault: str) -> None:
+    stream, rng = torch.cuda.current_stream(), torch.cuda.get_rng_state()
+    expected = {"open": CaptureError, "item": HostReadError, "host tensor": CaptureError, "own error": KeyError}[fault]
+    with pytest.raises(expected), graph():
+        h = work.x * 2 + torch.randn(512, device="cuda")
+        region = fork("branch", h)
+        with region:
+            z = region.returns(h + 1)
+            if fault == "item":
+                z.sum().item()
+            if fault == "host tensor":
+                z + torch.ones(512)
+            if fault == "own error":
+                raise KeyError("mine")
+        if fault != "open":
+            region.join()
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(torch.cuda.get_rng_state(), rng)
+    test_captured_and_proved(work)
+    check(work, work.parallel, 4)
+
+
+def test_an_exception_in_a_branch_restores_the_stream(work: Work) -> None:
+    stream = torch.cuda.current_stream()
+    with pytest.raises(KeyError), auxstream.aux_region("branch", work.x):
+        raise KeyError("mine")
+    assert torch.cuda.current_stream() == stream
+
+
+def test_a_cpu_tensor_beside_a_gpu_one_is_refused(work: Work) -> None:
+    with pytest.raises(RegionError, match="current device"):
+        fork("mixed", work.x, torch.ones(3))
+
+
+def test_regions_never_synchronise(work: Work) -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work.parallel()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_threads_beside_captures(work: Work) -> None:
+    errors: list[BaseException] = []
+    start = torch.randn(128, 128, device="cuda")
+
+    def loop() -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for turn in range(50):
+                    a = start + turn
+                    region = fork("t", a)
+                    y = a @ a
+                    with region:
+                        z = region.returns(a + 1)
+                    region.join()
+                    assert torch.equal(y + z, a @ a + (a + 1))
+        except BaseException as error:
+            errors.append(error)
+
+    torch.cuda.current_stream().synchronize()
+    threads = [threading.Thread(target=loop) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        with graph() as g:
+            work.parallel()
+        assert g.report.ok
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
