@@ -14,9 +14,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="a Gemma-4 MoE decode step on one stream and on two, bit for bit")
     try:
-        from .demo import add_arguments, run_demo
+        from .demo import run_demo
 
-        add_arguments(demo)
+        _add_demo_arguments(demo)
         options = parser.parse_args(arguments)
         from rich.console import Console
 
@@ -24,6 +24,23 @@ def main(arguments: list[str] | None = None) -> int:
     except AuxstreamError as error:
         print(f"auxstream: {error}", file=sys.stderr)
         return 2
+
+
+def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """The demo's command line."""
+    parser.add_argument("--layers", type=int, help="decoder layers (default 2; 30 with --size full)")
+    parser.add_argument(
+        "--size",
+        choices=("tiny", "real", "full"),
+        help="tiny: small dimensions (default without a GPU); real: the layers of Gemma-4-26B-A4B (default on a GPU); "
+        "full: real, and all 30 of them",
+    )
+    parser.add_argument("--batch", type=int, default=1, help="sequences per step")
+    parser.add_argument("--replays", type=int, help="replays compared bit for bit (default 1000 on a GPU, 40 without)")
+    parser.add_argument("--rounds", type=int, default=15, help="timing rounds (GPU)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs and delays")
+    parser.add_argument("--json", help="write the figures here")
 
 
 if __name__ == "__main__":

@@ -395,20 +395,3 @@ def _progress(console: Console) -> Progress:
         TimeElapsedColumn(),
         console=console,
     )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The demo's command line."""
-    parser.add_argument("--layers", type=int, help="decoder layers (default 2; 30 with --size full)")
-    parser.add_argument(
-        "--size",
-        choices=("tiny", "real", "full"),
-        help="tiny: small dimensions (default without a GPU); real: the layers of Gemma-4-26B-A4B (default on a GPU); "
-        "full: real, and all 30 of them",
-    )
-    parser.add_argument("--batch", type=int, default=1, help="sequences per step")
-    parser.add_argument("--replays", type=int, help="replays compared bit for bit (default 1000 on a GPU, 40 without)")
-    parser.add_argument("--rounds", type=int, default=15, help="timing rounds (GPU)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs and delays")
-    parser.add_argument("--json", help="write the figures here")

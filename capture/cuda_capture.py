@@ -27,8 +27,8 @@ def _capture_streams(device: int, thread: int) -> LanePool:
 
 
 def _index(device: torch.device) -> int:
-    given: int | None = device.index  # None in `torch.device("cuda")`, whatever the stubs say
-    return torch.cuda.current_device() if given is None else given
+    # `torch.device("cuda")` has no index, though the stubs say int.
+    return torch.cuda.current_device() if device == torch.device(device.type) else device.index
 
 
 class CaptureStream:

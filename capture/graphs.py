@@ -25,8 +25,9 @@ from .allocator import AllocatorModel
 from .program import Program
 from .proof import Report, not_checked
 from .proof import verify as prove
-from .record import Recorder, host_read
+from .record import Recorder
 from .simulate import Simulation
+from .source import host_read
 from .streams import CALLER, InlineStreams, RecordingMachine, SimulatedStreams
 
 _HOST_READS = frozenset({torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__})

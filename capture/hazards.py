@@ -10,9 +10,7 @@ What holds, byte by byte:
 - pruned: a write resets its bytes' history, so a race behind another one on the same byte may show only once the
   first is gone. Without this, one missing edge would bury its cause under every later reuse of the block.
 
-Cost: near-linear. A segment is a run of bytes with one history. An access splits segments at its two ends and a write
-fuses all it covers into one, so every segment that a write visits was paid for by the access that split it off. Reads
-fuse nothing; note "Reads over many segments" bounds those.
+Cost: near-linear. An access splits segments (runs of bytes with one history) at its ends; a write fuses all it covers.
 """
 
 from __future__ import annotations

@@ -13,11 +13,8 @@ is not, it is an error. Ordering edges are never added behind the user's back.
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -25,15 +22,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from ..runtime.errors import AuxstreamWarning, CaptureError, HostReadError, UndeclaredAccessError
+from ..runtime.errors import AuxstreamWarning, CaptureError, UndeclaredAccessError
 from ..runtime.settings import Verify
 from .allocator import AllocatorModel
 from .program import Buffer, Op, Program, Record, Step, TensorRef, Wait
-
-_ROOTS: Final = tuple(
-    f"{folder}{os.sep}"
-    for folder in (Path(torch.__file__).parent, *(Path(__file__).parent.parent / p for p in ("runtime", "capture")))
-)
+from .source import host_read, source_line
 
 # In-place ops that overwrite without reading; every other written argument counts as read too.
 _OVERWRITES: Final = frozenset(
@@ -51,21 +44,6 @@ _aten: Final = torch.ops.aten
 
 # Writing through a mask counts its elements on the host, unless one value goes everywhere.
 _MASKED_WRITES: Final = frozenset({_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default})
-
-
-def source_line() -> str:
-    """`file:line: text` of the innermost frame that belongs neither to torch nor to auxstream."""
-    import linecache
-
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_ROOTS):
-        frame = frame.f_back
-    if frame is None:
-        return "?"
-    name, number = frame.f_code.co_filename, frame.f_lineno
-    text = linecache.getline(name, number).strip()
-    where = "graph" if name.startswith("<eval_with_key>") else f"{Path(name).name}:{number}"
-    return f"{where}: {text}"[:160]
 
 
 class _Storage:
@@ -398,13 +376,3 @@ def _reads_values(func: Any, args: tuple[Any, ...]) -> bool:
         masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         return masked and (func is _aten.index.Tensor or args[2].numel() != 1)
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
-
-
-def host_read(what: str) -> HostReadError:
-    """The error for an op that needs values on the host."""
-    return HostReadError(
-        f"{what} reads a tensor's values on the host while they are only being recorded, at {source_line()}",
-        expected="work whose shape and flow do not depend on tensor values",
-        came="a host read (item, tolist, numpy, nonzero, a Python `if` on a tensor)",
-        remedy="compute it before the capture, or keep it on the device (torch.where, masks, fixed shapes)",
-    )

@@ -56,7 +56,7 @@ class Simulation:
             storage, start = self._arena.untyped_storage(), self.program.buffers[ref.buffer].address - BASE
         tensor = torch.empty(0, dtype=ref.dtype).set_(storage, start // item + ref.offset, ref.size, ref.stride)
         tensor = tensor.conj() if ref.conj else tensor
-        return torch._C._VariableFunctions._neg_view(tensor) if ref.neg else tensor
+        return torch.ops.aten._neg_view.default(tensor) if ref.neg else tensor
 
     def _bind(self, op: Op) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor | None]]:
         args, kwargs = pytree.tree_map_only(TensorRef, self._tensor, (op.args, dict(op.kwargs)))

@@ -181,13 +181,17 @@ def open_region(
 ) -> Region:
     """Fork with the lifetimes spelled out, for compiled graphs: `held` tensors are kept alive until the join by the
     caller's own references and need no `record_stream`; `recorded` ones get it."""
-    region = Region(name, thread_state.machine or thread_state.own or adopt_machine(), recorded)
+    machine = thread_state.machine or thread_state.own or adopt_machine()
+    first = recorded or held
+    if first and not first[0].is_cuda and machine.compares_versions and _all_on_cpu(recorded, held):
+        machine = INLINE
+    region = Region(name, machine, recorded)
     if held:
         region.held = held
     if priority:
         region.priority = priority
     try:
-        region.machine.fork(region)
+        machine.fork(region)
     except BaseException:
         region.abandon()
         raise

@@ -1,0 +1,44 @@
+"""Where the user's code is: the line that reports and errors name.
+
+Enters: the call stack. Leaves: text. Frames of torch and of auxstream itself are passed over.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from ..runtime.errors import HostReadError
+
+_ROOTS: Final = tuple(
+    f"{folder}{os.sep}"
+    for folder in (Path(torch.__file__).parent, *(Path(__file__).parent.parent / p for p in ("runtime", "capture")))
+)
+
+
+def source_line() -> str:
+    """`file:line: text` of the innermost frame that belongs neither to torch nor to auxstream."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_ROOTS):
+        frame = frame.f_back
+    if frame is None:
+        return "?"
+    name, number = frame.f_code.co_filename, frame.f_lineno
+    text = linecache.getline(name, number).strip()
+    where = "graph" if name.startswith("<eval_with_key>") else f"{Path(name).name}:{number}"
+    return f"{where}: {text}"[:160]
+
+
+def host_read(what: str) -> HostReadError:
+    """The error for an op that needs values on the host."""
+    return HostReadError(
+        f"{what} reads a tensor's values on the host while they are only being recorded, at {source_line()}",
+        expected="work whose shape and flow do not depend on tensor values",
+        came="a host read (item, tolist, numpy, nonzero, a Python `if` on a tensor)",
+        remedy="compute it before the capture, or keep it on the device (torch.where, masks, fixed shapes)",
+    )
