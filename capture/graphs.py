@@ -139,6 +139,13 @@ class CudaGraph(CapturedGraph):
         self._memory = memory
         self._ready = True
 
+    def __del__(self) -> None:
+        # `with auxstream.graph() as g` in a loop drops the old graph inside the new capture, where CUDA forbids
+        # destroying one (it invalidates the capture): that waits until the capture has ended.
+        machine = thread_state.machine
+        if isinstance(machine, RecordingMachine):
+            machine.kept.append(self.cuda_graph)
+
     def replay(self) -> None:
         if not self._ready:
             raise self._unfinished("its replay")

@@ -129,6 +129,7 @@ class RecordingMachine:
     def __init__(self, below: StreamSystem, recorder: Recorder) -> None:
         self.below = below
         self.recorder = recorder
+        self.kept: list[object] = []  # what must not be destroyed before the capture ends
         self.names: list[str] = []  # of all regions, in fork order
         # A joined region is let go, and with it the results it returned: the recording keeps no tensor alive.
         self._open: dict[Region, None] = {}
