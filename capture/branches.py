@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from .dataflow import Dataflow
+from ..kernels.dataflow import Dataflow
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.node import has_side_effect
 
-from .handoff_ops import region_enter, region_fork
+from ..runtime.handoff_ops import region_enter, region_fork
 
 
 @functools.cache

@@ -16,9 +16,9 @@ from typing import Literal
 
 from torch.fx import Node
 
+from ..kernels.dataflow import Dataflow, positions
+from ..kernels.routing import Weights
 from ..runtime.errors import RegionError
-from .dataflow import Dataflow, positions
-from .mark import Weights
 
 LaunchOrder = Literal["caller_first", "aux_first"]
 ForkAt = Literal["live_in", "first_product"]

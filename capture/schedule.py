@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from ..kernels.dataflow import Dataflow
 from ..runtime.errors import RegionError
-from .dataflow import Dataflow
-from .handoff_ops import REGION_OPS, RegionValue, region_enter, region_fork, region_join, region_leave
+from ..runtime.handoff_ops import REGION_OPS, RegionValue, region_enter, region_fork, region_join, region_leave
 from .launch_order import Block, ForkAt, LaunchOrder, Step, launch_order, make_block
 from .mark import MarkedRegion
 

@@ -21,8 +21,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from ..kernels.dataflow import Dataflow
 from ..runtime.errors import TraceError
-from .dataflow import Dataflow
 
 # Checks that export leaves behind. They compute nothing the graph needs, and an assertion on the device is a kernel.
 _CHECKS = (

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from moe_blocks import HIDDEN, MERGES, TOKENS, Layer, Model, add_rms_norm
+from random_programs import RandomProgram
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
@@ -16,11 +17,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from auxstream.capture import handoff_ops
 from auxstream.capture.branches import find_branches
 from auxstream.capture.mark import MarkedRegion, mark_multi_stream_moe_shared_experts
 from auxstream.capture.schedule import RegionPlan, insert_regions
 from auxstream.capture.trace import trace
+from auxstream.runtime import handoff_ops
 from auxstream.runtime.errors import RegionError
 
 X = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(3))
@@ -322,8 +323,6 @@ def test_the_callers_writes_keep_their_side_of_the_fork_and_the_join() -> None:
 
 def test_branch_pairs_of_programs_with_hazards_can_all_be_scheduled() -> None:
     """Any side of any pair is a region; the values and the checker agree every time."""
-    from test_dataflow import RandomProgram
-
     done = 0
     for seed in range(10):
         model, x = RandomProgram(seed), torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))

@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.fx import node as fx_node
 
-from ..runtime.regions import Region, open_region
+from .regions import Region, open_region
 
 
 @dataclass(frozen=True, slots=True)

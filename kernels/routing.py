@@ -1,0 +1,130 @@
+"""Where a mixture of experts routes: products with weights, selections, and the experts they reach.
+
+Enters: a graph's dataflow. Leaves: `Weights` (which nodes consume weights) and `Routing`s (where it is decided which
+experts see a token, and the first op over stacked weights that decision reaches). Structure alone, no op names.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from .dataflow import Dataflow, positions
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Which nodes consume weights, as masks."""
+
+    products: int
+    """Products of floating-point activations with a matrix or more."""
+    stacked: int
+    """Where activations meet a weight of three or more dimensions, as experts are stored, or a part picked from it."""
+    opaque: int
+    """Ops from outside ATen that consume two or more stacked weights: a fused mixture of experts."""
+
+    @staticmethod
+    def of(flow: Dataflow) -> Weights:
+        products = stacked = opaque = 0
+        picked: set[Node] = set()  # computed from stacked weights and indices: experts' weights before any activation
+        for position, node in enumerate(flow.nodes):
+            if node.op != "call_function" or flow.constants >> position & 1 or node.target is operator.getitem:
+                continue
+            given = [a for a in node.all_input_nodes if flow.constants >> flow.index[a] & 1]
+            moving = any(is_floating(a) for a in node.all_input_nodes if a not in given and a not in picked)
+            experts = [a for a in given if _rank(flow, a) >= 3]
+            if not moving and (experts or any(a in picked for a in node.all_input_nodes)):
+                picked.add(node)
+                continue
+            pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+            if moving and not pointwise and any(_rank(flow, a) >= 2 for a in given):
+                products |= 1 << position
+            if not pointwise and (experts or any(a in picked for a in node.all_input_nodes)):
+                stacked |= 1 << position
+            aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"
+            if not aten and len({flow.storages[a] for a in experts}) >= 2:
+                opaque |= 1 << position
+        return Weights(products, stacked, opaque)
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """A decision which experts see a token: where it is taken, and the first op over stacked weights it reaches."""
+
+    selection: int
+    expert: int
+
+
+def routings(flow: Dataflow, weights: Weights) -> Iterator[Routing]:
+    for position, node in enumerate(flow.nodes):
+        if weights.opaque >> position & 1:
+            yield Routing(position, position)
+        elif _is_selection(node):
+            expert = _first_expert(flow, weights, position)
+            if expert is not None:
+                yield Routing(position, expert)
+
+
+def _is_selection(node: Node) -> bool:
+    """Integers computed from floats other than by a cast: top-k, argmax, sort, and their fused forms."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    if not any(_is_integer(leaf) for leaf in pytree.tree_leaves(node.meta.get("val"))):
+        return False
+    if isinstance(node.target, OpOverload):
+        casts = any(argument.name == "dtype" for argument in node.target._schema.arguments)
+        if casts or torch.Tag.pointwise in node.target.tags:
+            return False
+    return any(is_floating(argument) for argument in node.all_input_nodes)
+
+
+def _first_expert(flow: Dataflow, weights: Weights, selection: int) -> int | None:
+    """The first op over a stacked weight that the selection's indices reach; its values alone do not count."""
+    reached = 0
+    chosen = flow.nodes[selection]
+    for position in range(selection + 1, len(flow.nodes)):
+        before = flow.predecessors[position]
+        if any(reached >> other & 1 for other in before) or _takes_indices(flow, flow.nodes[position], chosen):
+            if weights.stacked >> position & 1:
+                return position
+            reached |= 1 << position
+    return None
+
+
+def _takes_indices(flow: Dataflow, node: Node, chosen: Node) -> bool:
+    if chosen in node.all_input_nodes:
+        value = node.meta.get("val") if node.target is operator.getitem else chosen.meta.get("val")
+        return any(_is_integer(leaf) for leaf in pytree.tree_leaves(value))
+    # A selection may also write its results into tensors it was given.
+    memory = flow.writes[chosen]
+    return any(flow.storages[a] & memory and _is_integer(a.meta.get("val")) for a in node.all_input_nodes)
+
+
+def is_floating(node: Node) -> bool:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+
+
+def _is_integer(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dtype in (torch.int64, torch.int32, torch.int16)
+
+
+def _rank(flow: Dataflow, node: Node) -> int:
+    """Dimensions of a weight as consumed, capped by those it was stored with: broadcasting a vector makes no matrix."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return 0
+    stored = 0
+    for position in positions(flow.ancestors[flow.index[node]]):
+        source = flow.nodes[position]
+        if source.op == "get_attr" and isinstance(source.meta.get("val"), Tensor):
+            stored = max(stored, source.meta["val"].dim())
+    return min(value.dim(), stored)
