@@ -7,52 +7,46 @@ Invariant: compiling is not a call: caches, positions and RNG are as before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ..runtime.errors import InputError, TraceError
+from ..runtime.errors import TraceError
 from ..runtime.settings import Verify
 from .graphs import CapturedGraph, graph
+from .inputs import Calls, StaticInputs
 from .mark import mark_multi_stream_moe_shared_experts
 from .options import Options
 from .proof import Report
 from .schedule import RegionPlan, insert_regions
 from .state import preserved
-from .trace import TracedGraph, trace
+from .trace import trace
 
 
 class CompiledModel:
-    """A captured model of one static shape. Call it like the model.
+    """A captured model of one static shape. Call it like the model; no gradients are recorded.
 
-    Outputs live in the graph's own memory: the next call overwrites them. Inputs the model mutates are copied back.
+    Outputs live in the graph's own memory: the next call overwrites them, so clone what must last longer. They may be
+    inputs of that next call. A buffer or parameter that the model returns is the model's own, as in eager; an input it
+    returns is the caller's own tensor; a view of an input becomes a copy. Inputs the model mutates are copied back.
+
+    Raises:
+        InputError: arguments of another structure, shape, dtype or device than the captured ones, or which share memory
+            with something the model writes. Nothing was copied and nothing ran.
 
     Attributes:
         regions: the regions that were inserted, in graph order.
         graph: the captured graph, with its `report` and `memory`.
     """
 
-    def __init__(
-        self,
-        traced: TracedGraph,
-        regions: tuple[RegionPlan, ...],
-        inputs: Sequence[Any],
-        captured: CapturedGraph,
-        outputs: Any,
-    ) -> None:
+    def __init__(self, captured: CapturedGraph, regions: tuple[RegionPlan, ...], calls: Calls) -> None:
         self.regions = regions
         self.graph = captured
-        self._traced = traced
-        self._inputs = tuple(inputs)
-        self._outputs = outputs
-        self._written_back = tuple(
-            position for position, name in enumerate(traced.input_names) if name in traced.mutated_inputs
-        )
+        self._calls = calls
 
     @property
     def report(self) -> Report:
@@ -60,45 +54,10 @@ class CompiledModel:
         return self.graph.report
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self._traced.in_spec:
-            raise InputError(
-                "the arguments have another structure than the captured ones",
-                expected=str(self._traced.in_spec),
-                came=str(spec),
-                remedy="call it as in the example inputs, or compile for this structure too",
-            )
-        for name, static, value in zip(self._traced.input_names, self._inputs, given, strict=True):
-            _copy_in(name, static, value)
-        self.graph.replay()
-        for position in self._written_back:
-            given[position].copy_(self._inputs[position])
-        return self._outputs
-
-
-def _copy_in(name: str, static: Any, value: Any) -> None:
-    if not isinstance(static, Tensor):
-        if static != value or type(static) is not type(value):
-            raise InputError(
-                f"input {name!r} is a constant of the captured graph",
-                expected=repr(static),
-                came=repr(value),
-                remedy="pass a tensor if it must vary, or compile for this value too",
-            )
-        return
-    if not isinstance(value, Tensor) or (value.shape, value.dtype, value.device) != (
-        static.shape,
-        static.dtype,
-        static.device,
-    ):
-        came = f"{tuple(value.shape)} {value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)
-        raise InputError(
-            f"input {name!r} differs from the captured one",
-            expected=f"{tuple(static.shape)} {static.dtype} on {static.device}",
-            came=came,
-            remedy="pad or move it, or compile for this shape too",
-        )
-    static.copy_(value)
+        with torch.no_grad():
+            given = self._calls.enter(args, kwargs)
+            self.graph.replay()
+            return self._calls.leave(given)
 
 
 def compile(
@@ -117,23 +76,22 @@ def compile(
         RaceError: the captured graph is not proved free of races, and `options.verify` is `error`.
     """
     options = (options or Options()).in_force()
-    args, kwargs = _arguments(example_inputs)
-    device = _device(model, args, kwargs)
+    static = StaticInputs(example_inputs)
+    device = _device(model, static.tensors())
     dump = _Dump(options.dump_dir)
 
-    traced = trace(model, args, kwargs)
+    traced = trace(model, static.args, static.kwargs)
     dump.write("1-traced", traced.graph_module.print_readable(print_output=False))
-    inputs = [_static(leaf) for leaf in traced.flat_inputs(args, kwargs)]
 
-    overlap = options.multi_stream_moe and _within(options.token_threshold, inputs)
+    overlap = options.multi_stream_moe and _within(options.token_threshold, static.tensors())
     marked = mark_multi_stream_moe_shared_experts(traced.graph_module) if overlap else ()
     regions = insert_regions(traced.graph_module, marked, handoff=options.handoff)
     dump.write("2-regions", traced.graph_module.print_readable(print_output=False))
 
-    captured, leaves = warm_up_and_capture(
-        traced.graph_module,
-        inputs,
-        _mutated(traced, inputs),
+    captured, outputs = warm_up_and_capture(
+        lambda: static.apart(traced.graph_module(*static.args, **static.kwargs)),
+        (),
+        [*traced.written_tensors(), *static.written(traced)],
         device,
         name=name,
         verify=options.verify,
@@ -141,8 +99,7 @@ def compile(
     )
     dump.write("3-program", str(captured.program))
     dump.write("4-report", str(captured.report))
-    outputs = pytree.tree_unflatten(pytree.tree_leaves(leaves), traced.out_spec)
-    return CompiledModel(traced, regions, inputs, captured, outputs)
+    return CompiledModel(captured, regions, Calls(static, traced, outputs))
 
 
 def warm_up_and_capture(
@@ -155,42 +112,31 @@ def warm_up_and_capture(
     verify: Verify,
     warmup: int = 2,
 ) -> tuple[CapturedGraph, Any]:
-    """Run `run(*inputs)` a few times on the capture's own streams, capture it, and put `mutated` and the RNG back.
+    """Run `run(*inputs)` a few times on the capture's own streams, and capture it. Each run finds `mutated` and the RNG
+    as they were, and leaves them so: steps that count positions must not count past the end of a cache.
 
     Returns the graph and what `run` returned in the capture: tensors that every replay updates in place.
     """
-    with torch.no_grad(), preserved(mutated, device), ExitStack() as stack:
+
+    def rehearse() -> None:
+        with preserved(mutated, device):
+            run(*inputs)
+
+    with torch.no_grad(), ExitStack() as stack:
         stream = None
         if device.type == "cuda":
             from .cuda_capture import CaptureStream
 
             own = stack.enter_context(CaptureStream(device))
-            own.warm_up(lambda: run(*inputs), warmup)
+            own.warm_up(rehearse, warmup)
             stream = own.torch_stream
         with graph(name, verify=verify, device=device, stream=stream) as captured:
             returned = run(*inputs)
     return captured, returned
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    match example_inputs:
-        case Tensor():
-            return (example_inputs,), {}
-        case Mapping():
-            return (), dict(example_inputs)
-        case tuple() | list():
-            return tuple(example_inputs), {}
-        case _:
-            raise InputError(
-                "example_inputs have no form compile() knows",
-                expected="a tuple or list (positional), a dict (keyword), or one tensor",
-                came=type(example_inputs).__name__,
-            )
-
-
-def _device(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.device:
-    tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), *tensors)}
+def _device(model: nn.Module, inputs: Sequence[Tensor]) -> torch.device:
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), *inputs)}
     if len(devices) > 1:
         raise TraceError(
             "the model and its example inputs lie on several devices",
@@ -201,28 +147,12 @@ def _device(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return devices.pop() if devices else torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _static(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _within(threshold: int | None, inputs: Sequence[Any]) -> bool:
+def _within(threshold: int | None, inputs: Sequence[Tensor]) -> bool:
     """Whether the step's tokens (elements of the first integer input) stay within the threshold."""
     if threshold is None:
         return True
-    tokens = next((leaf for leaf in inputs if isinstance(leaf, Tensor) and not leaf.is_floating_point()), None)
+    tokens = next((leaf for leaf in inputs if leaf.dtype in (torch.int64, torch.int32)), None)
     return tokens is None or tokens.numel() <= threshold
-
-
-def _mutated(traced: TracedGraph, inputs: Sequence[Any]) -> list[Tensor]:
-    module = traced.graph_module
-    owned = [_attribute(module, name) for name in traced.mutated_buffers]
-    given = dict(zip(traced.input_names, inputs, strict=True))
-    return owned + [given[name] for name in traced.mutated_inputs]
-
-
-def _attribute(module: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf)
 
 
 class _Dump:

@@ -22,6 +22,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from ..kernels.accesses import hidden_writes
 from ..runtime.errors import AuxstreamWarning, CaptureError, UndeclaredAccessError
 from ..runtime.settings import Verify
 from .allocator import AllocatorModel
@@ -32,13 +33,6 @@ from .source import host_read, source_line
 _OVERWRITES: Final = frozenset(
     {"copy_", "fill_", "zero_", "uniform_", "normal_", "random_", "exponential_", "bernoulli_"}
 )
-
-# Schemas that hide a write: op name -> positions of the arguments it mutates.
-_HIDDEN_WRITES: Final[Mapping[str, tuple[int, ...]]] = {
-    "aten::native_batch_norm": (3, 4),
-    "aten::cudnn_batch_norm": (3, 4),
-    "aten::miopen_batch_norm": (3, 4),
-}
 
 _aten: Final = torch.ops.aten
 
@@ -231,7 +225,7 @@ class Recorder(TorchDispatchMode):
         reads: list[Tensor] = []
         writes: list[Tensor] = []
         schema = func._schema
-        hidden = _HIDDEN_WRITES.get(schema.name, ())
+        hidden = hidden_writes(func, args)
         overwrites = schema.name.rpartition("::")[2] in _OVERWRITES
         for position, argument in enumerate(schema.arguments):
             value = kwargs.get(argument.name) if argument.kwarg_only or position >= len(args) else args[position]

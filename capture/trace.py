@@ -13,7 +13,7 @@ import io
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,29 +39,20 @@ _DATA_DEPENDENT = ("data-dependent", "data dependent", "guardondatadependent", "
 
 @dataclass(frozen=True, slots=True)
 class TracedGraph:
-    """A model as one graph. `graph_module` is called like the model; the rest is what a static-shape caller needs."""
+    """A model as one graph. `graph_module` is called like the model and returns what it returns."""
 
     graph_module: GraphModule
-    in_spec: pytree.TreeSpec
-    """Structure of `(args, kwargs)`; its leaves are the graph's placeholders, in order."""
-    out_spec: pytree.TreeSpec
     input_names: tuple[str, ...]
+    """Of the placeholders: the leaves of `(args, kwargs)`, in order."""
     mutated_buffers: tuple[str, ...]
     """Qualified names of the parameters and buffers the graph writes in place."""
     mutated_inputs: tuple[str, ...]
     """Names of the placeholders the graph writes in place."""
 
-    def flat_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
-        """`args` and `kwargs` as the graph's leaves; TraceError when their structure is not that of the example."""
-        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs or {})))
-        if spec != self.in_spec:
-            raise TraceError(
-                "the arguments do not have the structure the graph was traced with",
-                expected=str(self.in_spec),
-                came=str(spec),
-                remedy="pass the arguments as in the example inputs",
-            )
-        return leaves
+    def written_tensors(self) -> list[Tensor]:
+        """The tensors of `mutated_buffers`."""
+        owners = [name.rpartition(".") for name in self.mutated_buffers]
+        return [getattr(self.graph_module.get_submodule(owner), leaf) for owner, _, leaf in owners]
 
     def __str__(self) -> str:
         calls = sum(node.op == "call_function" for node in self.graph_module.graph.nodes)
@@ -85,9 +76,7 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
     _refuse_symbols(gm)
     flow = Dataflow.of(gm)
     names = tuple(node.name for node in gm.graph.nodes if node.op == "placeholder")
-    _, in_spec = pytree.tree_flatten((arguments, keywords))
-    out_spec = cast(Any, program.module_call_graph[0].signature).out_spec
-    return TracedGraph(gm, in_spec, out_spec, names, flow.mutated("get_attr"), flow.mutated("placeholder"))
+    return TracedGraph(gm, names, flow.mutated("get_attr"), flow.mutated("placeholder"))
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:

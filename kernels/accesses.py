@@ -7,8 +7,8 @@ its own only where its schema and the trace say so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -16,6 +16,20 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
+
+_HIDE_RUNNING_STATISTICS: Final = frozenset(
+    f"aten::{name}"
+    for name in (
+        "batch_norm",
+        "_batch_norm_impl_index",
+        "cudnn_batch_norm",
+        "instance_norm",
+        "miopen_batch_norm",
+        "native_batch_norm",
+    )
+)
+_RUNNING_STATISTICS: Final = (3, 4)
+_TRAINING: Final = 5
 
 Given = list[tuple[Any, tuple[Node, ...]]]
 """Per argument of an op: its alias annotation, or None, and the nodes it was given."""
@@ -35,9 +49,23 @@ def arguments(node: Node, target: OpOverload) -> Given:
     return given
 
 
-def written(given: Given) -> list[Node]:
+def written(node: Node, target: OpOverload, given: Given) -> list[Node]:
     """The arguments the op writes in place."""
-    return [node for info, nodes in given if info is not None and info.is_write for node in nodes]
+    hidden = hidden_writes(target, node.args)
+    return [
+        argument
+        for position, (info, nodes) in enumerate(given)
+        if position in hidden or (info is not None and info.is_write)
+        for argument in nodes
+    ]
+
+
+def hidden_writes(target: OpOverload, args: Sequence[Any]) -> tuple[int, ...]:
+    """Positions of the arguments an op writes though its schema says nothing of it."""
+    if target._schema.name not in _HIDE_RUNNING_STATISTICS:
+        return ()
+    trains = len(args) <= _TRAINING or bool(args[_TRAINING])
+    return _RUNNING_STATISTICS if trains else ()
 
 
 def returned(node: Node, target: OpOverload) -> Iterator[tuple[Any, Tensor]]:

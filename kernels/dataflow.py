@@ -167,7 +167,7 @@ class _Reader:
 
     def schema_effect(self, node: Node, target: OpOverload, inputs: frozenset[Storage]) -> _Effect:
         given = accesses.arguments(node, target)
-        writes = self.union(accesses.written(given))
+        writes = self.union(accesses.written(node, target, given))
         outputs: list[frozenset[Storage]] = []
         fresh = _NONE
         for info, leaf in accesses.returned(node, target):

@@ -100,15 +100,12 @@ def test_no_checks_or_dead_nodes_remain_and_every_node_has_its_value() -> None:
     expected, [expected_indices] = Casts()(x.clone(), scale=scale)
     assert torch.equal(values, expected)
     assert torch.equal(indices, expected_indices)
-    assert traced.out_spec == torch.utils._pytree.tree_structure((values, [indices]))
 
 
-def test_flat_inputs_follow_the_examples_structure() -> None:
-    x, scale = torch.randn(3, 4), {"by": torch.ones(4)}
-    traced = trace(Casts(), (x,), {"scale": scale})
-    assert traced.flat_inputs((x,), {"scale": scale})[1] is scale["by"]
-    with pytest.raises(TraceError, match="structure"):
-        traced.flat_inputs((x, x), {"scale": scale})
+def test_running_statistics_count_as_written_in_training_alone() -> None:
+    norm = nn.BatchNorm1d(4)
+    assert trace(norm, (torch.randn(3, 4),)).mutated_buffers == ("running_mean", "running_var", "num_batches_tracked")
+    assert trace(norm.eval(), (torch.randn(3, 4),)).mutated_buffers == ()
 
 
 class Branches(nn.Module):
