@@ -1,12 +1,16 @@
 """`Options`: what `compile` does, as one frozen value; the environment overrides it, in one place.
 
-Enters: keyword arguments, and `Settings`. Leaves: the options in force.
+Enters: keyword arguments or a YAML file, and `Settings`. Leaves: the options in force.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, cast
+
+import yaml
 
 from ..runtime.errors import SettingsError
 from ..runtime.settings import HANDOFF_VALUES, SETTINGS, VERIFY_VALUES, Handoff, Settings, Verify
@@ -40,9 +44,40 @@ class Options:
         ):
             if value not in allowed:
                 raise SettingsError(f"malformed option {name}", expected=", ".join(allowed), came=repr(value))
+        # Compared as they came: a YAML file may hold anything.
         for name, count in (("warmup", self.warmup), ("token_threshold", self.token_threshold or 0)):
-            if count < 0:
-                raise SettingsError(f"malformed option {name}", expected="an integer >= 0", came=str(count))
+            if type(count) is not int or count < 0:
+                raise SettingsError(f"malformed option {name}", expected="an integer >= 0", came=repr(count))
+        if type(self.multi_stream_moe) is not bool:
+            raise SettingsError(
+                "malformed option multi_stream_moe", expected="true or false", came=repr(self.multi_stream_moe)
+            )
+
+    @staticmethod
+    def from_yaml(path: str | Path) -> Options:
+        """Options from a YAML file: a mapping from their names to values.
+
+        A switch may also be written as TensorRT-LLM writes it: `multi_stream_moe: {enabled: true}`.
+
+        Raises:
+            SettingsError: the file holds something else, or a name or value that no option has.
+        """
+        try:
+            read: Any = yaml.safe_load(Path(path).read_text())
+        except yaml.YAMLError as error:
+            raise SettingsError(f"{path} is no YAML", came=str(error)) from error
+        if not isinstance(read, Mapping | None):
+            raise SettingsError(f"{path} is no mapping", expected="`option: value` lines", came=type(read).__name__)
+        given = {str(name): value for name, value in cast("Mapping[Any, Any]", read or {}).items()}
+        known = [field.name for field in fields(Options)]
+        if unknown := [name for name in given if name not in known]:
+            raise SettingsError(f"unknown option {unknown[0]!r} in {path}", expected="one of " + ", ".join(known))
+        for name, value in given.items():
+            if isinstance(value, Mapping) and list(cast("Mapping[Any, Any]", value)) == ["enabled"]:
+                given[name] = value["enabled"]
+        if isinstance(given.get("dump_dir"), str):
+            given["dump_dir"] = Path(given["dump_dir"])
+        return Options(**given)
 
     def in_force(self, settings: Settings = SETTINGS) -> Options:
         """These options with the environment's word on top."""

@@ -1,0 +1,63 @@
+"""`Options`: from code, from YAML, and under the environment's word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from auxstream import Options
+from auxstream.runtime.errors import SettingsError
+from auxstream.runtime.settings import Settings
+
+
+def from_text(folder: Path, text: str) -> Options:
+    path = folder / "options.yaml"
+    path.write_text(text)
+    return Options.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", Options()),
+        ("multi_stream_moe: {enabled: false}", Options(multi_stream_moe=False)),
+        ("multi_stream_moe:\n  enabled: true\nverify: warn", Options(verify="warn")),
+        ("multi_stream_moe: no\nwarmup: 3\ntoken_threshold: 64", Options(False, warmup=3, token_threshold=64)),
+        ("token_threshold: null\nhandoff: record", Options(handoff="record")),
+        ("dump_dir: out/stages", Options(dump_dir=Path("out/stages"))),
+    ],
+)
+def test_from_yaml(tmp_path: Path, text: str, expected: Options) -> None:
+    assert from_text(tmp_path, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("multi_stream_moe: {", "no YAML"),
+        ("- multi_stream_moe", "no mapping"),
+        ("multi_stream_mo: true", "multi_stream_moe"),
+        ("multi_stream_moe: {enabled: true, lanes: 2}", "true or false"),
+        ("multi_stream_moe: {enable: true}", "true or false"),
+        ("multi_stream_moe: 1", "true or false"),
+        ("warmup: two", "an integer >= 0"),
+        ("warmup: -1", "an integer >= 0"),
+        ("token_threshold: 1.5", "an integer >= 0"),
+        ("token_threshold: true", "an integer >= 0"),
+        ("verify: loud", "off, warn, error"),
+        ("handoff: {enabled: true}", "auto, record"),
+    ],
+)
+def test_what_no_option_has_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        from_text(tmp_path, text)
+
+
+def test_the_environment_has_the_last_word() -> None:
+    options = Options(verify="warn", handoff="auto", token_threshold=8, dump_dir=Path("a"))
+    assert options.in_force(Settings()) == options
+    environment = Settings(verify="off", handoff="record", token_threshold=0, dump_dir=Path("b"))
+    assert options.in_force(environment) == Options(
+        verify="off", handoff="record", token_threshold=0, dump_dir=Path("b")
+    )
