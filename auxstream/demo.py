@@ -14,11 +14,9 @@ import argparse
 import copy
 import json
 import statistics
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,15 +29,15 @@ from .bench.harness import device_time, machine
 from .capture.compiler import warm_up_and_capture
 from .capture.delays import insert_delays
 from .capture.graphs import SimulatedGraph
-from .capture.hazards import find_hazards
 from .capture.huggingface import DecodeStep, build, gemma4_config
 from .capture.mark import mark_multi_stream_moe_shared_experts
 from .capture.proof import Report, verify
 from .capture.schedule import insert_regions
 from .capture.trace import TracedGraph, trace
-from .controls import Fault, without_waits
-from .runtime.errors import SimulatedFault
+from .controls import Fault, directed_replays, without_waits
+from .runtime.errors import InputError, SettingsError
 from .runtime.machine import using_machine
+from .runtime.settings import SETTINGS
 
 CONTEXT = 1024
 DELAY_NS = 60_000
@@ -126,7 +124,7 @@ class Lab:
     def eager(self, row: Row, replays: int, *, aux: bool) -> Variant:
         """The graph module, run op by op."""
         module, caches, buffer = self.module(aux=aux, delays=self.gpu and aux)
-        return Variant(row, _unwrapped(module), caches, replays, (DELAY_NS, DELAY_NS), buffer)
+        return Variant(row, module, caches, replays, (DELAY_NS, DELAY_NS), buffer)
 
     def captured(
         self,
@@ -140,27 +138,25 @@ class Lab:
     ) -> Variant:
         """The graph module, captured: into a CUDA graph, or into a program of the simulated machine."""
         module, caches, buffer = self.module(aux=aux, delays=delays and self.gpu and aux, unsafe=unsafe)
-        step = _unwrapped(module)
         faulty = None
         if fault is not None and self.gpu:
             from .faulty import FaultyMachine
 
             faulty = FaultyMachine(fault)
-        controlled = step if faulty is None else _between(faulty.begin, step, faulty.finish)
+        step = module if faulty is None else _between(faulty.begin, module, faulty.finish)
         inputs = (self.ids.clone(), self.position.clone())
         with nullcontext() if faulty is None else using_machine(faulty):
             graph, logits = warm_up_and_capture(
-                controlled, inputs, caches, self.device, name=row.control or row.streams,
+                step, inputs, caches, self.device, name=row.control or row.streams,
                 verify="off" if row.control else "error",
             )  # fmt: skip
         program = graph.program if fault is None else without_waits(graph.program, fault)
         report = verify(program)
         row.checker = _verdict(report)
 
+        replay = graph.replay
         if row.control and isinstance(graph, SimulatedGraph):
-            replay = _directed(graph, program, report)
-        else:
-            replay = graph.replay
+            replay = directed_replays(graph, program)
 
         def run(ids: Tensor, position: Tensor) -> Tensor:
             inputs[0].copy_(ids)
@@ -176,14 +172,6 @@ class Lab:
         return Variant(row, run, caches, replays, longest, buffer)
 
 
-def _unwrapped(module: GraphModule) -> Callable[[Tensor, Tensor], Tensor]:
-    def run(ids: Tensor, position: Tensor) -> Tensor:
-        (logits,) = module(ids, position)
-        return logits
-
-    return run
-
-
 def _between(
     begin: Callable[[], None], step: Callable[[Tensor, Tensor], Tensor], finish: Callable[[], None]
 ) -> Callable[[Tensor, Tensor], Tensor]:
@@ -194,24 +182,6 @@ def _between(
         return logits
 
     return run
-
-
-def _directed(graph: SimulatedGraph, program: Any, report: Report) -> Callable[[], None]:
-    """Replays of a faulty program, each in an order that turns one of its races around."""
-    simulation = graph.simulation.of(program)
-    hazards = find_hazards(program.graph())
-    count = 0
-
-    def replay() -> None:
-        nonlocal count
-        order = simulation.orders.adversarial(count, hazards)
-        count += 1
-        try:
-            simulation.run(order)
-        except SimulatedFault:
-            return  # corrupted indices: the outputs keep their poison, which compares unequal
-
-    return replay
 
 
 def _verdict(report: Report) -> str:
@@ -274,7 +244,7 @@ def measure(lab: Lab, rounds: int) -> dict[tuple[str, str], float]:
     """Median microseconds per step without delays, variants interleaved; GPU only."""
     steps: dict[tuple[str, str], Callable[[], object]] = {}
     for streams, aux in (("one", False), ("aux", True)):
-        eager = _unwrapped(lab.module(aux=aux)[0])
+        eager = lab.module(aux=aux)[0]
         steps["eager", streams] = lambda eager=eager: eager(lab.ids, lab.position)
         graph = lab.captured(Row("graph", streams), 0, aux=aux, delays=False)
         steps["graph", streams] = lambda graph=graph: graph.run(lab.ids, lab.position)
@@ -298,14 +268,13 @@ def run_demo(options: argparse.Namespace, console: Console) -> int:
     replays = options.replays or (1000 if gpu else 40)
     eager_replays, control_runs = min(replays, 100), min(replays, 20)
 
-    if gpu:
-        # cuDNN's attention does not give the same bits twice (one call in a hundred differs, on an H200 with torch
-        # 2.11), so no comparison of bits could be made with it. The first row is what finds such kernels.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    _refuse_settings()
+    if gpu and not torch.cuda.is_available():
+        raise InputError("--device cuda needs a GPU", came="none", remedy="leave --device out: the simulated machine")
     console.print(
         f"Gemma-4 MoE, {layers} layers, {size} dimensions, random weights, batch {options.batch}, on {_where(device)}"
     )
-    with _progress(console) as progress:
+    with _repeatable_attention(), _progress(console) as progress:
         task = progress.add_task("building and tracing", total=None)
         lab = Lab(size, layers, options.batch, context, device)
         progress.update(task, total=1, completed=1)
@@ -328,12 +297,31 @@ def run_demo(options: argparse.Namespace, console: Console) -> int:
         console.print(f"  ... and {len(lab.regions) - 4} more")
     console.print(_table(rows, "one stream, " + ("graph" if gpu else "eager")))
     failed = [row for row in rows if not row.passed]
-    console.print(_conclusion(failed))
+    console.print(_conclusion(failed, rows[0]))
     if options.json:
         document = {"machine": machine(), "layers": layers, "size": size, "batch": options.batch, "seed": options.seed}
         document |= {"regions": lab.regions, "rows": [asdict(row) | {"passed": row.passed} for row in rows]}
-        Path(options.json).write_text(json.dumps(document, indent=2) + "\n")
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
     return 1 if failed else 0
+
+
+def _refuse_settings() -> None:
+    """With these the rows would not be what they say: no lanes, or controls made safe."""
+    for name, given in (("AUXSTREAM_DISABLE", SETTINGS.disable), ("AUXSTREAM_VERIFY", SETTINGS.verify)):
+        if given:
+            raise SettingsError(f"the demo sets what {name} would override", remedy=f"unset {name}")
+
+
+@contextmanager
+def _repeatable_attention() -> Generator[None]:
+    """cuDNN's attention does not give the same bits twice (one call in a hundred differs, on an H200 with torch 2.11),
+    so no comparison of bits could be made with it. The first row is what finds such kernels."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _variants(lab: Lab, replays: int, eager: int, controls: int, progress: Progress) -> list[Variant]:
@@ -373,10 +361,10 @@ def _table(rows: Sequence[Row], reference: str) -> Table:
     return table
 
 
-def _conclusion(failed: Sequence[Row]) -> str:
+def _conclusion(failed: Sequence[Row], serial: Row) -> str:
     if not failed:
         return "Every safe row is bit for bit the same; every control is corrupt, and the checker names its races."
-    lines = ["FAILED:"]
+    lines = ["FAILED:" + (" one stream differs from itself, so no other row counts" if serial in failed else "")]
     for row in failed:
         name = f"{row.mode}, {row.streams}" + (f", without {row.control}" if row.control else "")
         lines.append(f"  {name}: " + ("; ".join(row.differing) or "never differed, though it must"))
