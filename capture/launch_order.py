@@ -2,8 +2,8 @@
 
 Enters: a graph's dataflow and the node sets that shall run on lanes. Leaves: a list of `Step`s: each node outside the
 blocks once, and a fork, a body and a join for each block. Pure: the graph is not touched. Invariants: the steps are a
-linear extension of the dataflow's edges; what a block waits for precedes its fork; what waits for a block follows its
-join.
+linear extension of the dataflow's edges; inputs come first, in their own order; what a block waits for precedes its
+fork; what waits for a block follows its join.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def launch_order(flow: Dataflow, blocks: Sequence[Block], order: LaunchOrder) ->
         sequence.remove(join)
         consumer = next(index for index, unit in enumerate(sequence) if join in units.before[unit])
         sequence.insert(consumer, join)
-    return [units.step(unit) for unit in sequence]
+    # The order of the inputs is the graph's signature: they keep it, whatever moved ahead of a fork.
+    inputs = [unit for unit in range(units.count) if flow.nodes[unit].op == "placeholder"]
+    return [units.step(unit) for unit in dict.fromkeys((*inputs, *sequence))]
 
 
 class _Units:
