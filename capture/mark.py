@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from ..kernels.dataflow import Dataflow, positions
-from ..kernels.routing import Routing, Weights, is_floating, routings
+from ..kernels.routing import MARKED, Routing, Weights, is_floating, routings
 from .branches import Candidate, candidates
 
 _WEIGHTS_BEFORE_SELECTION = 2
@@ -68,6 +68,7 @@ def mark_multi_stream_moe_shared_experts(gm: GraphModule) -> tuple[MarkedRegion,
         taken |= nodes
         name = _name(flow.select(nodes), len(regions), {region.name for region in regions})
         regions.append(MarkedRegion(name, flow.select(nodes), flow.select(chosen.other), chosen.join))
+    gm.meta[MARKED] = True
     for region in regions:
         for node in region.nodes:
             node.meta["auxstream"] = region.name

@@ -15,6 +15,7 @@ fork of any region counts.
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..kernels.dataflow import Dataflow
+from ..kernels.regions import LAY_AGAIN
 from ..runtime.errors import RegionError
 from ..runtime.handoff_ops import REGION_OPS, RegionValue, region_enter, region_fork, region_join, region_leave
 from .launch_order import Block, ForkAt, LaunchOrder, Step, launch_order, make_block
@@ -108,6 +110,14 @@ def insert_regions(
     if not blocks:
         return ()
     steps = launch_order(flow, blocks, order)
+    gm.meta[LAY_AGAIN] = functools.partial(
+        insert_regions,
+        handoff=handoff,
+        order=order,
+        fork_at=fork_at,
+        priority=priority,
+        unsafe_no_lifetime=unsafe_no_lifetime,
+    )
     writer = _Writer(gm, flow, blocks, steps, priority)
     crossings = [writer.crossing(number, handoff, unsafe_no_lifetime) for number in range(len(blocks))]
     return writer.write(crossings)

@@ -19,6 +19,9 @@ from torch.utils import _pytree as pytree
 
 from .dataflow import Dataflow, positions
 
+MARKED = "auxstream_marked"
+"""Key of `gm.meta`: the marker has seen this graph."""
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:

@@ -8,6 +8,7 @@ none. `None` means "not set": the option given in code decides.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,16 @@ PREFIX: Final = "AUXSTREAM_"
 
 Verify = Literal["off", "warn", "error"]
 Handoff = Literal["auto", "record"]
+Fusion = Literal["on", "off"]
+Safety = Literal["0", "1", "auto"]
+SafetyRules = tuple[tuple[str, Safety], ...]
+"""Region globs, each with whether its aux branch may run fused kernels; later entries win."""
 
 VERIFY_VALUES: Final = ("off", "warn", "error")
 HANDOFF_VALUES: Final = ("auto", "record")
+FUSION_VALUES: Final = ("on", "off")
+SAFETY_VALUES: Final = ("0", "1", "auto")
+_SAFE_REGION: Final = "AUXSTREAM_FUSION_SAFE_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,10 @@ class Settings:
         verify: what a failed proof does; None leaves it to the call.
         token_threshold: compiled graphs do not overlap above this many tokens; None means no bound.
         dump_dir: folder for every stage's graph and report, as text; None writes nothing.
+        fusion: MLIR fusion at all; None leaves it to `Options`.
+        fusion_safe: AUXSTREAM_FUSION_SAFE, in order.
+        fusion_safe_regions: AUXSTREAM_FUSION_SAFE_<REGION>, by the variable's last part; they beat the list.
+        cache_dir: folder for generated kernels and tuning choices; None means the user's cache.
     """
 
     disable: bool = False
@@ -43,6 +55,10 @@ class Settings:
     verify: Verify | None = None
     token_threshold: int | None = None
     dump_dir: Path | None = None
+    fusion: Fusion | None = None
+    fusion_safe: SafetyRules = ()
+    fusion_safe_regions: tuple[tuple[str, Safety], ...] = ()
+    cache_dir: Path | None = None
 
 
 MEANING: Final[Mapping[str, str]] = {
@@ -52,13 +68,21 @@ MEANING: Final[Mapping[str, str]] = {
     "AUXSTREAM_VERIFY": "off, warn or error",
     "AUXSTREAM_TOKEN_THRESHOLD": "an integer >= 0 (tokens)",
     "AUXSTREAM_DUMP_DIR": "a folder",
+    "AUXSTREAM_FUSION": "on or off",
+    "AUXSTREAM_FUSION_SAFE": "region globs with commas between, each bare or with =0, =1 or =auto",
+    "AUXSTREAM_FUSION_SAFE_<REGION>": "0, 1 or auto",
+    "AUXSTREAM_CACHE_DIR": "a folder",
 }
 """Every variable and the values it takes."""
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
     """Parse `environ`. Raises SettingsError on an unknown `AUXSTREAM_*` name or a malformed value."""
-    unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in MEANING)
+    unknown = sorted(
+        name
+        for name in environ
+        if name.startswith(PREFIX) and name not in MEANING and not re.fullmatch(_SAFE_REGION + "[A-Z0-9_]+", name)
+    )
     if unknown:
         raise SettingsError(
             f"unknown environment variable {unknown[0]}",
@@ -72,14 +96,43 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         handoff=cast("Handoff | None", _choice(environ, "AUXSTREAM_HANDOFF", HANDOFF_VALUES)),
         verify=cast("Verify | None", _choice(environ, "AUXSTREAM_VERIFY", VERIFY_VALUES)),
         token_threshold=_count(environ, "AUXSTREAM_TOKEN_THRESHOLD"),
-        dump_dir=Path(environ["AUXSTREAM_DUMP_DIR"]) if environ.get("AUXSTREAM_DUMP_DIR") else None,
+        dump_dir=_folder(environ, "AUXSTREAM_DUMP_DIR"),
+        fusion=cast("Fusion | None", _choice(environ, "AUXSTREAM_FUSION", FUSION_VALUES)),
+        fusion_safe=parse_safety(environ.get("AUXSTREAM_FUSION_SAFE", "")),
+        fusion_safe_regions=tuple(
+            (name.removeprefix(_SAFE_REGION), _safety(name, value))
+            for name, value in sorted(environ.items())
+            if name.startswith(_SAFE_REGION)
+        ),
+        cache_dir=_folder(environ, "AUXSTREAM_CACHE_DIR"),
     )
+
+
+def parse_safety(text: str) -> SafetyRules:
+    """The rules of `layers.*.shared=auto,layers.3.*=0`; a bare glob means 1. Raises SettingsError."""
+    rules: list[tuple[str, Safety]] = []
+    for entry in text.split(",") if text.strip() else ():
+        glob, equals, value = entry.strip().partition("=")
+        if not glob or (equals and value not in SAFETY_VALUES):
+            raise _malformed("AUXSTREAM_FUSION_SAFE", text)
+        rules.append((glob, cast(Safety, value if equals else "1")))
+    return tuple(rules)
+
+
+def _safety(name: str, value: str) -> Safety:
+    if value not in SAFETY_VALUES:
+        raise _malformed(name, value)
+    return cast(Safety, value)
+
+
+def _folder(environ: Mapping[str, str], name: str) -> Path | None:
+    return Path(environ[name]) if environ.get(name) else None
 
 
 def _malformed(name: str, value: str) -> SettingsError:
     return SettingsError(
         f"malformed environment variable {name}",
-        expected=MEANING[name],
+        expected=MEANING[_SAFE_REGION + "<REGION>" if name.startswith(_SAFE_REGION) else name],
         came=repr(value),
         remedy=f"set {name} to one of the values above, or unset it",
     )

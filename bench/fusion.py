@@ -1,0 +1,203 @@
+"""What fused kernels cost: against eager, torch.compile, a device copy and an empty kernel, interleaved in one run.
+
+    python -m auxstream.bench.fusion [--json PATH] [--quick]
+
+Measures: device time per call of one chain, replayed from a CUDA graph of CALLS calls, so that the host does not count.
+Large shapes move at least 200 MB, far more than the L2 cache holds; decode-sized ones are warm, as they are between
+the products of a decode step. Bytes are those a chain must read and write once. Does not measure: compile time (see
+`models`), chains that meet a GEMM, other cards. Needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..capture.trace import trace
+from ..kernels import fuse_elementwise
+from ..runtime.errors import AuxstreamError
+from .harness import Figure, device_time, interleave, write
+
+CALLS = 20
+LARGE_BYTES = 256 << 20
+DECODE_ROWS = (1, 8, 64)
+HIDDEN = (2048, 4096, 8192, 16384)
+
+
+class ResidualRmsNorm(nn.Module):
+    """As Hugging Face models write it: float32 inside, two roundings."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(hidden))
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = x + residual
+        wide = residual.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (normed * self.weight.float()).type_as(x), residual
+
+
+class SwiGlu(nn.Module):
+    def forward(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+
+
+class GeGlu(nn.Module):
+    def forward(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.gelu(gate, approximate="tanh") * up
+
+
+class ScaledSoftmax(nn.Module):
+    """Scores times a scale, then softmax: two ops, so that there is something to fuse."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x * 0.125, dim=-1)
+
+
+class ResidualLayerNorm(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = x + residual
+        return self.norm(residual), residual
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A chain of ops: its module, its inputs' columns per hidden unit, and the tensors it moves per row."""
+
+    make: Callable[[int], nn.Module]
+    inputs: tuple[int, ...]
+    moved: int
+
+
+CHAINS = {
+    "residual + RMSNorm": Chain(ResidualRmsNorm, (1, 1), 4),
+    "SwiGLU": Chain(lambda hidden: SwiGlu(), (2,), 3),
+    "GEGLU": Chain(lambda hidden: GeGlu(), (2,), 3),
+    "scale + softmax": Chain(lambda hidden: ScaledSoftmax(), (1,), 2),
+    "residual + LayerNorm": Chain(ResidualLayerNorm, (1, 1), 4),
+}
+
+
+def captured(run: Callable[[], object]) -> Callable[[], float]:
+    """Microseconds per call of `run`, from a graph of CALLS calls."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(2):
+            run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph, stream=stream):
+        for _ in range(CALLS):
+            run()
+    return lambda: device_time(graph.replay, 1) / CALLS
+
+
+def copy_of(moved: int) -> Callable[[], float]:
+    """A device copy that reads and writes `moved` bytes in all."""
+    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return captured(lambda: target.copy_(source))
+
+
+def variants(chain: Chain, rows: int, hidden: int) -> tuple[dict[str, Callable[[], float]], dict[str, Any]]:
+    """The ways to run a chain, and what was checked about them."""
+    model = chain.make(hidden).to("cuda", torch.bfloat16)
+    inputs = tuple(torch.randn(rows, hidden * width, device="cuda", dtype=torch.bfloat16) for width in chain.inputs)
+    fused = trace(model, inputs).graph_module
+    report = fuse_elementwise(fused)
+    compiled = torch.compile(model, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
+    with torch.no_grad():
+        expected, got = model(*inputs), fused(*inputs)
+    expected, got = (value if isinstance(value, tuple) else (value,) for value in (expected, got))
+    same = [torch.equal(a, b) for a, b in zip(expected, got, strict=True)]
+    differing = max(float((a != b).float().mean()) for a, b in zip(expected, got, strict=True))
+    checks = {"launches": len(report.fusions), "bits equal to eager": all(same), "share of differing bits": differing}
+    runs = {
+        "fused": captured(lambda: fused(*inputs)),
+        "torch.compile": captured(lambda: compiled(*inputs)),
+        "eager": captured(lambda: model(*inputs)),
+    }
+    return runs, checks
+
+
+def large(chain: Chain, hidden: int, rounds: int) -> dict[str, Any]:
+    """One chain at a size where only bandwidth counts."""
+    rows = LARGE_BYTES // (chain.moved * hidden * 2)
+    moved = rows * hidden * 2 * chain.moved
+    runs, checks = variants(chain, rows, hidden)
+    runs["copy"] = copy_of(moved)
+    figures = interleave(runs, rounds, "us")
+    return {"shape": [rows, hidden], "moved_mb": moved / 1e6, **checks, **_compared(figures)}
+
+
+def decode(chain: Chain, rows: int, hidden: int, rounds: int) -> dict[str, Any]:
+    """One chain at the size of a decode step."""
+    runs, checks = variants(chain, rows, hidden)
+    nothing = torch.empty(1, device="cuda")
+    runs["empty kernel"] = captured(lambda: nothing.zero_())
+    figures = interleave(runs, rounds, "us")
+    over = figures["fused"].median - figures["empty kernel"].median
+    return {"shape": [rows, hidden], **checks, **_compared(figures), "over an empty kernel": over}
+
+
+def _compared(figures: dict[str, Figure]) -> dict[str, Any]:
+    fused = figures["fused"].median
+    found: dict[str, Any] = {name: value for name, value in figures.items()}
+    found["of torch.compile"] = figures["torch.compile"].median / fused
+    if "copy" in figures:
+        found["of a copy"] = figures["copy"].median / fused
+    return found
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--quick", action="store_true", help="two hidden sizes, one decode size")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise AuxstreamError("bench.fusion measures Triton kernels", came="no GPU", remedy="run it where there is one")
+    hidden_sizes = (4096, 16384) if options.quick else HIDDEN
+    results: dict[str, Any] = {}
+    ratios: list[float] = []
+    for name, chain in CHAINS.items():
+        for hidden in hidden_sizes:
+            row = results[f"large: {name}, {hidden}"] = large(chain, hidden, options.rounds)
+            ratios.append(row["of torch.compile"])
+            print(
+                f"{name:22} {row['shape']!s:16} {row['fused'].median:8.1f} us  {row['of a copy']:5.2f} of a copy  "
+                f"{row['of torch.compile']:5.2f} of torch.compile  {row['share of differing bits']:.1e} differ",
+                flush=True,
+            )
+        for rows in DECODE_ROWS[:1] if options.quick else DECODE_ROWS:
+            row = results[f"decode: {name}, {rows} x 4096"] = decode(chain, rows, 4096, options.rounds)
+            ratios.append(row["of torch.compile"])
+            print(
+                f"{name:22} {row['shape']!s:16} {row['fused'].median:8.2f} us  "
+                f"{row['over an empty kernel']:5.2f} us over an empty kernel  "
+                f"{row['of torch.compile']:5.2f} of torch.compile",
+                flush=True,
+            )
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    results["torch.compile's time over ours"] = {"geometric mean": mean, "worst": min(ratios)}
+    print(f"torch.compile's time over ours: geometric mean {mean:.3f}, worst {min(ratios):.3f}")
+    write(options.json, "fusion", results)
+    return results
+
+
+if __name__ == "__main__":
+    main()

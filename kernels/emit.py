@@ -1,0 +1,164 @@
+"""A group as MLIR and as a kernel spec.
+
+Enters: a `Group`. Leaves: `Fusion`: the spec of its kernel, the nodes it reads in the order of the spec's inputs, and
+the symbolic sizes it needs. Invariant: an operand is described by the shape its user broadcasts it to, so the spec
+does not depend on the operand's strides, nor on the rest of the graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from . import mlir
+from .build import GroupBuilder, Kind, Value
+from .grouping import Group
+from .lower import REDUCING, ROWWISE, Call, lower
+from .spec import Dim, KernelSpec, Operand, Result, Shape, Size
+from .views import column_slice, memory_order, product, same, width_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fusion:
+    """A group with its kernel."""
+
+    group: Group
+    spec: KernelSpec
+    inputs: tuple[Node, ...]
+    sizes: tuple[Any, ...]
+    """Symbolic sizes, in the order of the spec's `Size`s."""
+
+    def __str__(self) -> str:
+        return f"{self.spec.name}: {self.group}"
+
+
+def emit(group: Group) -> Fusion:
+    """Write the group's function, run the passes over it, and describe its operands."""
+    return _Emitter(group).fusion()
+
+
+class _Emitter:
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.builder = GroupBuilder()
+        self.values: dict[Node, Value] = {}
+        self.operands: list[Operand] = []
+        self.inputs: list[Node] = []
+        self.given: dict[tuple[Node, Operand, Kind], Value] = {}
+        self.sizes: list[Any] = []
+
+    def fusion(self) -> Fusion:
+        for node in self.group.nodes:
+            call = Call.of(node)
+            value = lower(self.builder, call, functools.partial(self._operand, call))
+            self.values[node] = self._as(value, self.group.kinds[node], width_of(node.meta["val"]))
+        results = [self.values[node] for node in self.group.outputs]
+        spec = KernelSpec(
+            title=_title(self.group.nodes),
+            mlir=_optimised(self.builder.finish("group", results)),
+            rows=self._shape(self.group.rows),
+            inputs=tuple(self.operands),
+            outputs=tuple(self._result(node) for node in self.group.outputs),
+        )
+        return Fusion(self.group, spec, tuple(self.inputs), tuple(self.sizes))
+
+    def _operand(self, user: Call, node: Node) -> Value:
+        """The value of `node` as `user` reads it."""
+        if node in self.values:
+            return self.values[node]
+        if node in self.group.views:
+            value = self._operand(user, node.args[0])  # pyright: ignore[reportArgumentType]
+            columns = column_slice(node)
+            self.values[node] = value if columns is None else self.builder.columns(value, *columns)
+            return self.values[node]
+        return self._input(node, *self._used(user, node))
+
+    def _used(self, user: Call, node: Node) -> tuple[Kind, tuple[Any, ...], Any]:
+        """How an outside tensor meets its user: its kind, the shape it is broadcast to, and its role."""
+        value: Tensor = node.meta["val"]
+        kind, width = self.group.kinds[user.node], width_of(value)
+        if user.node.target in ROWWISE:
+            if user.node.target in REDUCING and node is not user.source:
+                return Kind.COL, tuple(value.shape), "columns"  # a weight or bias
+            return Kind.FULL, tuple(value.shape), "columns"
+        shape = tuple(user.value.shape)
+        if all(same(size, 1) for size in value.shape):
+            return Kind.SCALAR, (), "columns"
+        if kind is Kind.ROW:
+            kept = same(product(shape[:-1]), product(self.group.rows)) and same(shape[-1], 1)
+            return Kind.ROW, shape, "columns" if kept else "rows"
+        leading = value.shape[:-1]
+        if all(same(size, 1) for size in leading) and (value.dim() == 1 or not same(product(self.group.rows), 1)):
+            return Kind.COL, (width,), "columns"
+        if same(width, 1) and not same(shape[-1], 1):
+            return Kind.ROW, (*shape[:-1], 1), "columns"
+        return Kind.FULL, shape, "columns"
+
+    def _input(self, node: Node, kind: Kind, used: tuple[Any, ...], role: Any) -> Value:
+        operand = Operand(node.meta["val"].dtype, self._shape(used), role)
+        key = (node, operand, kind)
+        if key not in self.given:
+            width = int(used[-1]) if kind in (Kind.FULL, Kind.COL) else 1
+            self.given[key] = self.builder.input(kind, width, operand.dtype)
+            self.operands.append(operand)
+            self.inputs.append(node)
+        return self.given[key]
+
+    def _as(self, value: Value, kind: Kind, width: Any) -> Value:
+        """A result as its group wants it: what varies over less than that is repeated."""
+        if kind is Kind.FULL and value.kind in (Kind.ROW, Kind.SCALAR):
+            value = self.builder.repeat_columns(value, int(width))
+        if kind in (Kind.FULL, Kind.ROW) and value.kind in (Kind.COL, Kind.SCALAR):
+            value = self.builder.repeat_rows(value)
+        return value
+
+    def _result(self, node: Node) -> Result:
+        value: Tensor = node.meta["val"]
+        order = memory_order(value)
+        assert order is not None, f"{node} is not dense"
+        per_row = self.group.kinds[node] is Kind.ROW
+        kept = (
+            value.dim() > 0 and same(width_of(value), 1) and same(product(value.shape[:-1]), product(self.group.rows))
+        )
+        return Result(
+            value.dtype, self._shape(tuple(value.shape)), order, "rows" if per_row and not kept else "columns"
+        )
+
+    def _shape(self, shape: Sequence[Any]) -> Shape:
+        return tuple(self._dim(size) for size in shape)
+
+    def _dim(self, size: Any) -> Dim:
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        number = next((i for i, known in enumerate(self.sizes) if same(known, size)), len(self.sizes))
+        if number == len(self.sizes):
+            self.sizes.append(size)
+        return Size(number)
+
+
+@functools.cache
+def _optimised(text: str) -> str:
+    return str(mlir.run_passes(mlir.parse(text)))
+
+
+_TELLING: Final = (
+    "softmax", "log_softmax", "layer_norm", "rms_norm", "mean", "sum", "amax", "amin", "gelu", "silu", "sigmoid", "tanh",
+    "exp", "cos", "rsqrt", "cat", "where", "pow", "div", "mul", "add", "sub",
+)  # fmt: skip
+
+
+def _title(nodes: Sequence[Node]) -> str:
+    """A readable name: what the group does, in the words of its ops, the most telling first."""
+    names = {_op_name(node) for node in nodes}
+    told = [name for name in _TELLING if name in names][:3]
+    return "_".join(["fused", *(told or sorted(names)[:2])])
+
+
+def _op_name(node: Node) -> str:
+    return str(node.target).split(".")[1].strip("_")

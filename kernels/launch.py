@@ -1,0 +1,176 @@
+"""Launching fused kernels, and the `torch.library` ops that do.
+
+Enters: a `KernelSpec` and the group's ATen ops as a reference. Leaves: an op `auxstream_fused::<name>(Tensor[] inputs,
+SymInt[] sizes) -> Tensor[]`. It reads its inputs and returns new tensors, as its schema says, and touches nothing else.
+Invariant: what a launch needs (source, variant, numbers) is settled once per layout of the inputs, before any capture.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime.errors import CaptureError
+from . import mlir, store
+from .geometry import Access, Layout
+from .reference import evaluate
+from .spec import KernelSpec
+from .triton_source import Form, columns, has_reductions, triton_source
+from .tune import choose
+from .variants import Variant, variants
+
+NAMESPACE = "auxstream_fused"
+
+
+@functools.cache
+def _library() -> torch.library.Library:
+    return torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def interpreting() -> bool:
+    """Whether Triton runs in its interpreter here (TRITON_INTERPRET=1 when triton was imported), on CPU tensors."""
+    triton = sys.modules.get("triton")
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def operator(spec: KernelSpec) -> Any:
+    """The op of this spec, registered once per process."""
+    library, kernel = _library(), FusedKernel(spec)
+    library.define(f"{spec.name}(Tensor[] inputs, SymInt[] sizes) -> Tensor[]")
+    library.impl(spec.name, kernel, "CUDA")
+    library.impl(spec.name, kernel if interpreting() else kernel.reference, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{spec.name}", kernel.fake, lib=library)
+    return getattr(getattr(torch.ops, NAMESPACE), spec.name).default
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """One launch, ready but for its pointers."""
+
+    kernel: Any
+    grid: tuple[int]
+    numbers: tuple[int, ...]
+    options: dict[str, Any]
+    copied: tuple[int, ...]
+    """Inputs whose rows no kernel takes apart: made contiguous first."""
+
+    def __call__(self, tensors: Sequence[Tensor]) -> None:
+        self.kernel[self.grid](*tensors, *self.numbers, **self.options)
+
+
+class FusedKernel:
+    """A kernel spec with its launches by input layout."""
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self.spec = spec
+        self._launches: dict[Any, _Launch] = {}
+
+    @functools.cached_property
+    def function(self) -> Any:
+        """The group's MLIR function."""
+        self._module = mlir.parse(self.spec.mlir)  # the function lives as long as its module
+        return next(iter(self._module.body.operations)).operation
+
+    def fake(self, inputs: list[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        return [result.allocate(inputs[0], sizes) for result in self.spec.outputs]
+
+    def reference(self, inputs: list[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """What the kernel computes, by torch: the CPU's implementation."""
+        rows = self.spec.row_count(sizes)
+        given = [operand.in_rows(tensor, sizes) for operand, tensor in zip(self.spec.inputs, inputs, strict=True)]
+        outputs = self.fake(inputs, sizes)
+        for tensor, value in zip(outputs, evaluate(self.function, rows, given) if rows else (), strict=False):
+            tensor.copy_(value.reshape(tensor.shape))
+        return outputs
+
+    def __call__(self, inputs: list[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        outputs = [result.allocate(inputs[0], sizes) for result in self.spec.outputs]
+        if not self.spec.row_count(sizes):
+            return outputs
+        key = (*((tensor.shape, tensor.stride()) for tensor in inputs), *sizes)
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = self._launches[key] = self._settle(inputs, outputs, sizes)
+        if launch.copied:
+            inputs = [t.contiguous() if i in launch.copied else t for i, t in enumerate(inputs)]
+        launch([*inputs, *outputs])
+        return outputs
+
+    def _settle(self, inputs: list[Tensor], outputs: list[Tensor], sizes: Sequence[int]) -> _Launch:
+        if inputs[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise CaptureError(
+                f"fused kernel {self.spec.name} meets a new input layout inside a capture",
+                expected="a layout it was launched with before: compiling inside a capture is not safe",
+                came=", ".join(f"{tuple(t.shape)} strides {t.stride()}" for t in inputs),
+                remedy="run the graph once with these shapes before capturing it (auxstream.compile does)",
+            )
+        layouts = self.spec.layouts(inputs, outputs, sizes)
+        copied = tuple(i for i, found in enumerate(layouts) if found is None)
+        if copied:
+            inputs = [t.contiguous() if i in copied else t for i, t in enumerate(inputs)]
+            layouts = self.spec.layouts(inputs, outputs, sizes)
+        known = [found for found in layouts if found is not None]
+        assert len(known) == len(layouts), f"{self.spec.name}: a contiguous operand in too many levels"
+        rows = self.spec.row_count(sizes)
+        width = columns(self.function)
+        flat = self._is_flat(known, rows, width)
+        candidates = variants(width, rows, reduces=has_reductions(self.function), flat=flat)
+        launches = {v: functools.partial(self._launch, v, known, rows, width, copied) for v in candidates}
+        made = {variant: make() for variant, make in launches.items()} if inputs[0].is_cuda else {}
+        if not made:
+            return launches[candidates[0]]()
+        return choose(self._tuning_key(known, rows, inputs[0]), made, [*inputs, *outputs])
+
+    def _tuning_key(self, layouts: Sequence[Layout], rows: int, like: Tensor) -> str:
+        accesses = "-".join(str(found.access) for found in layouts)
+        device = torch.cuda.get_device_name(like.device).replace(" ", "_")
+        return f"{self.spec.name}-{accesses}-{rows}-{device}"
+
+    def _is_flat(self, layouts: Sequence[Layout], rows: int, width: int) -> bool:
+        """Whether every operand is dense over all rows and columns, or one element."""
+        text = self.spec.mlir
+        if any(word in text for word in ("reduction", "extract", "concat", "linalg.index")):
+            return False
+        roles = [(operand.role, operand.used) for operand in self.spec.inputs]
+        roles += [(result.role, result.shape) for result in self.spec.outputs]
+        for (role, used), found in zip(roles, layouts, strict=True):
+            if not used:
+                continue
+            dense = found.access.unit and (found.numbers == (width,) or (rows == 1 and not found.access.levels))
+            if role != "columns" or used[-1] != width or not dense:
+                return False
+        return True
+
+    def _launch(
+        self, variant: Variant, layouts: Sequence[Layout], rows: int, width: int, copied: tuple[int, ...]
+    ) -> _Launch:
+        count = len(self.spec.inputs)
+        accesses = tuple(found.access for found in layouts)
+        kernel = self._kernel(variant.form, accesses[:count], accesses[count:])
+        options: dict[str, Any] = {"BLOCK": variant.block, "num_warps": variant.warps, "enable_fp_fusion": False}
+        if variant.form == "flat":
+            programs, numbers = -(-rows * width // variant.block), (rows * width,)
+        else:
+            options["ROWS"] = variant.rows
+            programs = -(-rows // variant.rows)
+            programs *= -(-width // variant.block) if variant.form == "blocks" else 1
+            numbers = (rows, *(number for found in layouts for number in found.numbers))
+        return _Launch(kernel, (programs,), numbers, options, copied)
+
+    def _kernel(self, form: Form, inputs: tuple[Access, ...], outputs: tuple[Access, ...]) -> Any:
+        name = f"{self.spec.name}_{form}_{'_'.join(map(str, inputs))}__{'_'.join(map(str, outputs))}"
+        return getattr(store.load(name, self.source(form, inputs, outputs)), self.spec.title)
+
+    def source(self, form: Form, inputs: tuple[Access, ...], outputs: tuple[Access, ...]) -> str:
+        """The generated file."""
+        kernel = triton_source(self.function, inputs, outputs, form, self.spec.title)
+        header = f'"""Generated by auxstream from this MLIR; do not edit.\n\n{self.spec}\n\n{self.spec.mlir}"""\n\n'
+        imports = "import triton\nimport triton.language as tl\n\nfrom auxstream.kernels import device_math as dm\n\n\n"
+        return header + imports + kernel

@@ -1,0 +1,55 @@
+"""Which regions may run fused kernels on their auxiliary branch.
+
+Enters: the rules of `Options` and of the environment, and the regions a graph has. Leaves: `0`, `1` or `auto` per
+region. Invariant: without a rule the answer is `0`: the marker keeps the branch unfused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from ..runtime.errors import SettingsError
+from ..runtime.settings import SETTINGS, Safety, SafetyRules, Settings
+
+
+def variable_of(region: str) -> str:
+    """The last part of a region's own variable: upper case, `_` for whatever is no letter or digit."""
+    return re.sub(r"[^A-Z0-9]", "_", region.upper())
+
+
+def fusion_safety(
+    regions: Iterable[str], rules: SafetyRules = (), settings: Settings = SETTINGS
+) -> Mapping[str, Safety]:
+    """What holds for each region: `rules`, then AUXSTREAM_FUSION_SAFE (later entries win), then the region's variable.
+
+    Raises SettingsError when a variable names no region, or two regions map to one name.
+    """
+    names = list(dict.fromkeys(regions))
+    owners: dict[str, str] = {}
+    for region in names:
+        other = owners.setdefault(variable_of(region), region)
+        if other != region and any(name == variable_of(region) for name, _ in settings.fusion_safe_regions):
+            raise SettingsError(
+                f"AUXSTREAM_FUSION_SAFE_{variable_of(region)} names two regions",
+                expected="a variable for one region",
+                came=f"{other!r} and {region!r}",
+                remedy="use the list, AUXSTREAM_FUSION_SAFE, which takes the regions' own names",
+            )
+    for name, _ in settings.fusion_safe_regions:
+        if name not in owners:
+            raise SettingsError(
+                f"AUXSTREAM_FUSION_SAFE_{name} names no region of this graph",
+                expected="one of " + (", ".join(sorted(owners)) or "none: the graph has no regions"),
+                came=name,
+                remedy="correct the name or unset the variable",
+            )
+    found: dict[str, Safety] = dict.fromkeys(names, "0")
+    for glob, value in (*rules, *settings.fusion_safe):
+        for region in names:
+            if fnmatchcase(region, glob):
+                found[region] = value
+    for name, value in settings.fusion_safe_regions:
+        found[owners[name]] = value
+    return found

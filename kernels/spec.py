@@ -1,0 +1,136 @@
+"""What a fused kernel is, apart from the memory it is launched on.
+
+Enters: a group's MLIR and how each operand meets it. Leaves: `KernelSpec`, a frozen value that can be hashed, printed
+and turned into a `torch.library` op. Invariant: two groups with equal specs are one op and one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .geometry import Layout, layout, table_layout
+
+GENERATOR: int = 1
+"""Part of every key; to be raised whenever the same MLIR shall give other source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A size that is known only at launch: the op's `sizes[number]`."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"s{self.number}"
+
+
+Dim = int | Size
+Shape = tuple[Dim, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """An input: the shape its group uses it in (broadcast), and what its last dimension is."""
+
+    dtype: torch.dtype
+    used: Shape
+    role: Literal["columns", "rows", "table"]
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype)[6:]}[{', '.join(map(str, self.used))}] as {self.role}"
+
+    def in_rows(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The tensor as [rows, columns], with 1 for rows or columns it does not vary over."""
+        used = sized(self.used, sizes)
+        if self.role == "table":
+            return tensor
+        if self.role == "rows":
+            return tensor.expand(used).reshape(-1, 1)
+        surplus = max(0, tensor.dim() - len(used))  # leading dimensions of size 1
+        wide = tensor.reshape(tensor.shape[surplus:]).expand(used)
+        return wide.reshape(-1, used[-1] if used else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """An output: its shape, and its dimensions from the slowest to the fastest in memory."""
+
+    dtype: torch.dtype
+    shape: Shape
+    order: tuple[int, ...]
+    role: Literal["columns", "rows"]
+
+    def __str__(self) -> str:
+        order = "" if self.order == tuple(range(len(self.shape))) else f" in order {self.order}"
+        return f"{str(self.dtype)[6:]}[{', '.join(map(str, self.shape))}]{order} by {self.role}"
+
+    def allocate(self, like: Tensor, sizes: Sequence[int]) -> Tensor:
+        """A new tensor, dense, in this order, on the device of `like`. Also what the fake op returns."""
+        shape = sized(self.shape, sizes)
+        return like.new_empty_strided(shape, dense_strides(shape, self.order), dtype=self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """One fused kernel. `mlir` is its function after the passes; `rows` multiply to the number of rows."""
+
+    title: str
+    mlir: str
+    rows: Shape
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Result, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: rows {' x '.join(map(str, self.rows)) or '1'}"]
+        lines += [f"  in{i}: {operand}" for i, operand in enumerate(self.inputs)]
+        lines += [f"  out{i}: {result}" for i, result in enumerate(self.outputs)]
+        return "\n".join(lines)
+
+    @property
+    def key(self) -> str:
+        """A digest of everything the op's behaviour depends on."""
+        facts = (GENERATOR, self.mlir, self.rows, self.inputs, self.outputs)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """The op's name: readable, and unique by content."""
+        return f"{self.title}_{self.key[:12]}"
+
+    def row_count(self, sizes: Sequence[int]) -> int:
+        return math.prod(sized(self.rows, sizes))
+
+    def layouts(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Layout | None]:
+        """How each operand lies in memory; None for one that must be copied first."""
+        found: list[Layout | None] = []
+        for operand, tensor in zip(self.inputs, inputs, strict=True):
+            if operand.role == "table":
+                found.append(table_layout(tensor.stride() if tensor.dim() == 2 else (tensor.stride(0), 1)))
+            else:
+                used = sized(operand.used, sizes)
+                found.append(layout(tensor.shape, tensor.stride(), used, operand.role == "columns"))
+        for result, tensor in zip(self.outputs, outputs, strict=True):
+            found.append(layout(tensor.shape, tensor.stride(), tensor.shape, result.role == "columns"))
+        return found
+
+
+def sized(shape: Shape, sizes: Sequence[int]) -> tuple[int, ...]:
+    """A shape with its launch-time sizes filled in."""
+    return tuple(sizes[dim.number] if isinstance(dim, Size) else dim for dim in shape)
+
+
+def dense_strides(shape: Sequence[Any], order: Sequence[int]) -> tuple[Any, ...]:
+    """Strides of a dense tensor whose dimensions lie in `order`, the slowest first."""
+    strides: list[Any] = [1] * len(shape)
+    step: Any = 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step = step * shape[dim]
+    return tuple(strides)

@@ -1,0 +1,76 @@
+"""The ways a kernel may be launched, from which `tune` picks.
+
+Enters: what a group's function looks like and how much there is of it. Leaves: `Variant`s, the likeliest first.
+Invariant: every variant computes the same values in the same order per element; reductions may add up differently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .triton_source import Form
+
+MOST_RESIDENT = 32768
+"""Columns a program may hold at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A form of the kernel, its tile, and the warps of a program."""
+
+    form: Form
+    rows: int
+    block: int
+    warps: int
+
+    def __str__(self) -> str:
+        return f"{self.form} {self.rows} x {self.block}, {self.warps} warps"
+
+
+def variants(width: int, rows: int, *, reduces: bool, flat: bool) -> list[Variant]:
+    """Candidates for `rows` x `width`, in the order of expectation.
+
+    `reduces`: the group reduces over columns. `flat`: every operand is dense or a single element.
+    """
+    if flat:
+        return _flat(rows * width)
+    whole = next_power_of_two(width)
+    if not reduces:
+        return _blocks(width, rows, whole)
+    if whole > MOST_RESIDENT:
+        return [Variant("tiled", 1, block, block // 256) for block in (4096, 8192, 2048)]
+    return _resident(rows, whole)
+
+
+def _flat(elements: int) -> list[Variant]:
+    found = [Variant("flat", 1, block, warps) for block, warps in ((1024, 4), (2048, 4), (4096, 8), (512, 4))]
+    return [Variant("flat", 1, 128, 1), *found[:1]] if elements <= 128 * 132 else found
+
+
+def _blocks(width: int, rows: int, whole: int) -> list[Variant]:
+    block = min(whole, 1024)
+    together = max(1, min(next_power_of_two(rows), 1024 // block))
+    found = [Variant("blocks", together, block, 4)]
+    if whole > 1024:
+        found += [Variant("blocks", 1, 2048, 4), Variant("blocks", 1, 512, 4)]
+    elif rows > together:
+        found += [Variant("blocks", together * 2, block, 4)]
+    return found
+
+
+def _resident(rows: int, whole: int) -> list[Variant]:
+    together = max(1, min(next_power_of_two(rows), 2048 // whole)) if rows > 132 else 1
+    tile = together * whole
+    warps = max(1, min(16, tile // 512))
+    found = [Variant("resident", together, whole, warps)]
+    for other in (warps * 2, warps // 2, warps * 4):
+        if 1 <= other <= 32 and tile // (other * 32) >= 1:
+            found.append(Variant("resident", together, whole, other))
+    if whole >= 4096:
+        found.append(Variant("tiled", 1, 2048, 8))
+    return found
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`, and 1 for zero."""
+    return 1 << max(0, n - 1).bit_length()
