@@ -103,7 +103,11 @@ def captured(run: Callable[[], object]) -> Callable[[], float]:
     with torch.no_grad(), torch.cuda.graph(graph, stream=stream):
         for _ in range(CALLS):
             run()
-    return lambda: device_time(graph.replay, 1) / CALLS
+
+    def sample(kept: object = run) -> float:  # what `run` reads must live as long as the graph
+        return device_time(graph.replay, 1) / CALLS
+
+    return sample
 
 
 def copy_of(moved: int) -> Callable[[], float]:
@@ -156,7 +160,7 @@ def decode(chain: Chain, rows: int, hidden: int, rounds: int) -> dict[str, Any]:
 
 def _compared(figures: dict[str, Figure]) -> dict[str, Any]:
     fused = figures["fused"].median
-    found: dict[str, Any] = {name: value for name, value in figures.items()}
+    found: dict[str, Any] = dict(figures)
     found["of torch.compile"] = figures["torch.compile"].median / fused
     if "copy" in figures:
         found["of a copy"] = figures["copy"].median / fused

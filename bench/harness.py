@@ -74,7 +74,14 @@ def device_time(run: Callable[[], object], times: int) -> float:
 
 def write(path: str | None, name: str, results: Mapping[str, Any]) -> None:
     """Print the results, and write them as JSON if a path was given."""
-    plain = {key: asdict(value) if isinstance(value, Figure) else value for key, value in results.items()}
-    document = {"benchmark": name, "command": " ".join(sys.argv), "machine": machine(), "results": plain}
+    document = {"benchmark": name, "command": " ".join(sys.argv), "machine": machine(), "results": _plain(results)}
     if path is not None:
         Path(path).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Figure):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return value

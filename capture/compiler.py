@@ -1,12 +1,14 @@
 """`compile`: a model and example inputs become a `CompiledModel`.
 
 Enters: a module, example inputs (static shapes), `Options`. Leaves: a callable that copies its inputs in, replays one
-graph and hands the outputs out. The function below reads as the pipeline: trace, mark, insert, warm up, capture.
+graph and hands the outputs out. The function below reads as the pipeline: trace, mark, fuse, insert, capture.
 Invariant: compiling is not a call: caches, positions and RNG are as before it.
 """
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,9 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from ..runtime.errors import TraceError
-from ..runtime.settings import Verify
+from ..kernels.fuse import FusionReport, fuse_elementwise
+from ..kernels.reach import regions_of
+from ..kernels.routing import MARKED
+from ..kernels.safety import fusion_safety
+from ..runtime.errors import AuxstreamWarning, RaceError, TraceError
+from ..runtime.settings import Verify, parse_safety
 from .graphs import CapturedGraph, graph
 from .inputs import Calls, StaticInputs
 from .mark import mark_multi_stream_moe_shared_experts
@@ -40,11 +47,15 @@ class CompiledModel:
 
     Attributes:
         regions: the regions that were inserted, in graph order.
+        fusion: what was fused; None with fusion off.
         graph: the captured graph, with its `report` and `memory`.
     """
 
-    def __init__(self, captured: CapturedGraph, regions: tuple[RegionPlan, ...], calls: Calls) -> None:
+    def __init__(
+        self, captured: CapturedGraph, regions: tuple[RegionPlan, ...], fusion: FusionReport | None, calls: Calls
+    ) -> None:
         self.regions = regions
+        self.fusion = fusion
         self.graph = captured
         self._calls = calls
 
@@ -82,24 +93,68 @@ def compile(
 
     traced = trace(model, static.args, static.kwargs)
     dump.write("1-traced", traced.graph_module.print_readable(print_output=False))
+    _mark(traced.graph_module, options, static)
 
-    overlap = options.multi_stream_moe and _within(options.token_threshold, static.tensors())
-    marked = mark_multi_stream_moe_shared_experts(traced.graph_module) if overlap else ()
-    regions = insert_regions(traced.graph_module, marked, handoff=options.handoff)
-    dump.write("2-regions", traced.graph_module.print_readable(print_output=False))
+    for trial in _trials(traced.graph_module, options):
+        module, fusion = _fused(traced.graph_module, options, trial, dump)
+        regions = insert_regions(module, handoff=options.handoff)
+        dump.write("3-regions", module.print_readable(print_output=False))
+        try:
+            captured, outputs = warm_up_and_capture(
+                lambda module=module: static.apart(module(*static.args, **static.kwargs)),
+                (),
+                [*traced.written_tensors(), *static.written(traced)],
+                device,
+                name=name,
+                verify="error" if trial else options.verify,
+                warmup=options.warmup if fusion is None else max(1, options.warmup),  # kernels compile in the first run
+            )
+        except RaceError as error:
+            if not trial:
+                raise
+            _give_up_trial(fusion, error)
+            continue
+        dump.write("4-program", str(captured.program))
+        dump.write("5-report", str(captured.report))
+        return CompiledModel(captured, regions, fusion, Calls(static, traced, outputs))
+    raise AssertionError("the last trial returns or raises")
 
-    captured, outputs = warm_up_and_capture(
-        lambda: static.apart(traced.graph_module(*static.args, **static.kwargs)),
-        (),
-        [*traced.written_tensors(), *static.written(traced)],
-        device,
-        name=name,
-        verify=options.verify,
-        warmup=options.warmup,
+
+def _mark(module: GraphModule, options: Options, static: StaticInputs) -> None:
+    """Annotate the shared experts; without overlap there is no branch to keep fused kernels off."""
+    if options.multi_stream_moe and _within(options.token_threshold, static.tensors()):
+        mark_multi_stream_moe_shared_experts(module)
+    else:
+        module.meta[MARKED] = True
+
+
+def _trials(module: GraphModule, options: Options) -> tuple[bool, ...]:
+    """Whether to fuse regions on `auto` as if they were safe: first so, then not, if any region is."""
+    if not options.mlir_elementwise_fusion:
+        return (False,)
+    safety = fusion_safety(regions_of(module), parse_safety(options.fusion_safe))
+    return (True, False) if "auto" in safety.values() else (False,)
+
+
+def _fused(module: GraphModule, options: Options, trial: bool, dump: _Dump) -> tuple[GraphModule, FusionReport | None]:
+    """The marked graph, fused; a copy of it where there may be another trial."""
+    if not options.mlir_elementwise_fusion:
+        return module, None
+    if trial:
+        meta, module = module.meta, GraphModule(module, copy.deepcopy(module.graph))
+        module.meta = dict(meta)
+    report = fuse_elementwise(module, safe=parse_safety(options.fusion_safe), trial=trial)
+    dump.write("2-fused", f"{report}\n\n{report.mlir}")
+    return module, report
+
+
+def _give_up_trial(fusion: FusionReport | None, error: RaceError) -> None:
+    names = ", ".join(name for name, value in (fusion.safety if fusion else {}).items() if value == "auto")
+    warnings.warn(
+        f"the proof failed with fused kernels on the aux branches of {names}, so they stay unfused there.\n{error}",
+        AuxstreamWarning,
+        stacklevel=3,
     )
-    dump.write("3-program", str(captured.program))
-    dump.write("4-report", str(captured.report))
-    return CompiledModel(captured, regions, Calls(static, traced, outputs))
 
 
 def warm_up_and_capture(

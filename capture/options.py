@@ -13,7 +13,7 @@ from typing import Any, cast
 import yaml
 
 from ..runtime.errors import SettingsError
-from ..runtime.settings import HANDOFF_VALUES, SETTINGS, VERIFY_VALUES, Handoff, Settings, Verify
+from ..runtime.settings import HANDOFF_VALUES, SETTINGS, VERIFY_VALUES, Handoff, Settings, Verify, parse_safety
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,14 @@ class Options:
         token_threshold: no overlap above this many tokens (elements of the first integer input); None: no bound.
         warmup: eager runs before the capture, on the capture's streams (GPU only).
         dump_dir: folder for every stage's graph and the report, as text.
+        mlir_elementwise_fusion: fuse elementwise and row-reduction chains into Triton kernels, through MLIR.
+        fusion_safe: regions whose aux branch may run fused kernels, as AUXSTREAM_FUSION_SAFE writes them
+            (`layers.*.shared=auto,layers.3.*=0`); the default keeps them off.
     """
 
     multi_stream_moe: bool = True
+    mlir_elementwise_fusion: bool = True
+    fusion_safe: str = ""
     handoff: Handoff = "auto"
     verify: Verify = "error"
     token_threshold: int | None = None
@@ -48,10 +53,12 @@ class Options:
         for name, count in (("warmup", self.warmup), ("token_threshold", self.token_threshold or 0)):
             if type(count) is not int or count < 0:
                 raise SettingsError(f"malformed option {name}", expected="an integer >= 0", came=repr(count))
-        if type(self.multi_stream_moe) is not bool:
-            raise SettingsError(
-                "malformed option multi_stream_moe", expected="true or false", came=repr(self.multi_stream_moe)
-            )
+        for name in ("multi_stream_moe", "mlir_elementwise_fusion"):
+            if type(getattr(self, name)) is not bool:
+                raise SettingsError(
+                    f"malformed option {name}", expected="true or false", came=repr(getattr(self, name))
+                )
+        parse_safety(self.fusion_safe, "option fusion_safe")
 
     @staticmethod
     def from_yaml(path: str | Path) -> Options:
@@ -83,6 +90,9 @@ class Options:
         """These options with the environment's word on top."""
         return replace(
             self,
+            mlir_elementwise_fusion=self.mlir_elementwise_fusion
+            if settings.fusion is None
+            else settings.fusion == "on",
             handoff=settings.handoff or self.handoff,
             verify=settings.verify or self.verify,
             token_threshold=self.token_threshold if settings.token_threshold is None else settings.token_threshold,

@@ -91,14 +91,12 @@ class Recorder(TorchDispatchMode):
 
     def mark(self, stream: int, what: str) -> int:
         """Note an event record; returns the step to wait for."""
-        self.sweep()
         index = self._append(Record(stream, what))
         self._marks[index] = dict(self._clocks[stream])
         return index
 
     def wait(self, stream: int, source: int, what: str) -> None:
         """Note that `stream` waits for the record at step `source`."""
-        self.sweep()
         self._append(Wait(stream, source, what))
         clock = self._clocks[stream]
         for other, position in self._marks[source].items():

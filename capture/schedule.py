@@ -9,8 +9,8 @@ Note: lifetime by construction. The caching allocator hands a freed block to the
 allocated on. A block of the caller's that a lane reads is an argument of the join: the graph's own reference keeps it
 until the caller has waited, and no event, no deferral and no memory growth is needed. A block of the lane's that the
 caller reads goes back to the lane, whose next work waits for a fork event on the caller's stream: dropped before that
-fork it is safe, and one that lives on is recorded. Which lane a fork is given is the runtime's business, so the next
-fork of any region counts.
+fork it is safe, and one that lives on is recorded for the caller, who waits for every region that reads it. Which lane
+a fork is given is the runtime's business, so the next fork of any region counts.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class _Writer:
         return _Crossing(
             ins,
             outs,
-            recorded_ins=tuple(node for node in ins if self._outlives_its_lane(node)),
+            recorded_ins=(),
             recorded_outs=tuple(node for node in outs if self._outlives_its_lane(node)),
             held=ins,
             writes=writes,

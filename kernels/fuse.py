@@ -20,7 +20,7 @@ from .fold import fold_constants
 from .grouping import find_groups
 from .local import functionalise_locals
 from .module import to_fx, to_mlir
-from .reach import region_of
+from .reach import region_of, regions_of
 from .regions import lift_regions
 from .routing import MARKED, Weights, routings
 from .safety import fusion_safety
@@ -55,13 +55,14 @@ class FusionReport:
 _SAYS = {"0": "kept off (the marker)", "1": "declared safe", "auto": "to be proved"}
 
 
-def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = ()) -> FusionReport:
+def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = (), trial: bool = True) -> FusionReport:
     """Fuse `gm` in place.
 
     Args:
         gm: an ATen graph; every node has `meta["val"]`. Before or after `insert_regions`.
         safe: globs of regions whose aux branch may run fused kernels, each with 0, 1 or auto; AUXSTREAM_FUSION_SAFE and
             AUXSTREAM_FUSION_SAFE_<REGION> come on top.
+        trial: whether regions on `auto` are fused; whoever says so proves the captured graph afterwards.
 
     Raises:
         FusionError: the graph routes tokens to experts and the marker has not seen it.
@@ -69,11 +70,11 @@ def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = ()) -> FusionReport
     """
     with lift_regions(gm):
         _refuse_unmarked(gm)
-        safety = fusion_safety((name for node in gm.graph.nodes if (name := region_of(node))), safe)
+        safety = fusion_safety(regions_of(gm), safe)
         functionalise_locals(gm)
         folded = fold_constants(gm)
         flow = Dataflow.of(gm)
-        groups = find_groups(flow, lambda node: _allowed(node, safety))
+        groups = find_groups(flow, lambda node: _allowed(node, safety, trial))
         fusions = tuple(emit(group) for group in groups)
         translation = to_mlir(gm, fusions, flow)
         gm.graph = to_fx(translation, gm)
@@ -83,10 +84,10 @@ def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = ()) -> FusionReport
     return FusionReport(fusions, safety, folded, str(translation))
 
 
-def _allowed(node: Node, safety: Mapping[str, Safety]) -> bool:
+def _allowed(node: Node, safety: Mapping[str, Safety], trial: bool) -> bool:
     region = region_of(node)
     if region is not None:
-        return safety[region] != "0"
+        return safety[region] == "1" or (trial and safety[region] == "auto")
     return not node.meta.get("skip_mlir_fusion")
 
 

@@ -208,22 +208,22 @@ def _over_last(call: Call) -> bool:
     return len(shape) == 1
 
 
-def _shifted(builder: GroupBuilder, call: Call, operand: Operand) -> tuple[Value, Value]:
-    """A row less its maximum, and the sum of its exponentials, in float32."""
+def _shifted(builder: GroupBuilder, call: Call, operand: Operand) -> tuple[Value, Value, Value]:
+    """A row less its maximum, its exponentials, and their sum, in float32."""
     x = builder.cast(operand(call.arguments["self"]), F32)
     top = builder.reduce("amax", x, F32)
     shifted = builder.pointwise(lambda b, v, m: b.sub(v, m), [x, top], F32)
     powers = builder.pointwise(lambda b, v: b.unary("math.exp", v), [shifted], F32)
-    return shifted, builder.reduce("sum", powers, F32)
+    return shifted, powers, builder.reduce("sum", powers, F32)
 
 
 def _softmax(builder: GroupBuilder, call: Call, operand: Operand) -> Value:
-    shifted, total = _shifted(builder, call, operand)
-    return builder.pointwise(lambda b, v, t: b.div(b.unary("math.exp", v), t), [shifted, total], call.value.dtype)
+    _, powers, total = _shifted(builder, call, operand)
+    return builder.pointwise(lambda b, v, t: b.div(v, t), [powers, total], call.value.dtype)
 
 
 def _log_softmax(builder: GroupBuilder, call: Call, operand: Operand) -> Value:
-    shifted, total = _shifted(builder, call, operand)
+    shifted, _, total = _shifted(builder, call, operand)
     return builder.pointwise(lambda b, v, t: b.sub(v, b.unary("math.log", t)), [shifted, total], call.value.dtype)
 
 

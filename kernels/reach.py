@@ -7,7 +7,7 @@ region as one step, for that is how it is launched; inside a region only the reg
 
 from __future__ import annotations
 
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from .dataflow import Dataflow, positions
 
@@ -15,6 +15,11 @@ from .dataflow import Dataflow, positions
 def region_of(node: Node) -> str | None:
     """The region a node is marked for."""
     return node.meta.get("auxstream")
+
+
+def regions_of(gm: GraphModule) -> tuple[str, ...]:
+    """The regions a graph is marked with, in graph order."""
+    return tuple(dict.fromkeys(name for node in gm.graph.nodes if (name := region_of(node)) is not None))
 
 
 class Reach:

@@ -43,8 +43,8 @@ def variants(width: int, rows: int, *, reduces: bool, flat: bool) -> list[Varian
 
 
 def _flat(elements: int) -> list[Variant]:
-    found = [Variant("flat", 1, block, warps) for block, warps in ((1024, 4), (2048, 4), (4096, 8), (512, 4))]
-    return [Variant("flat", 1, 128, 1), *found[:1]] if elements <= 128 * 132 else found
+    small, large = ((128, 4), (256, 4), (256, 8), (128, 1)), ((1024, 4), (2048, 4), (4096, 8), (512, 4))
+    return [Variant("flat", 1, block, warps) for block, warps in (small if elements <= 256 * 132 else large)]
 
 
 def _blocks(width: int, rows: int, whole: int) -> list[Variant]:

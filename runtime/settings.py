@@ -108,13 +108,13 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     )
 
 
-def parse_safety(text: str) -> SafetyRules:
-    """The rules of `layers.*.shared=auto,layers.3.*=0`; a bare glob means 1. Raises SettingsError."""
+def parse_safety(text: str, where: str = "environment variable AUXSTREAM_FUSION_SAFE") -> SafetyRules:
+    """The rules of `layers.*.shared=auto,layers.3.*=0`; a bare glob means 1. Raises SettingsError, naming `where`."""
     rules: list[tuple[str, Safety]] = []
     for entry in text.split(",") if text.strip() else ():
         glob, equals, value = entry.strip().partition("=")
         if not glob or (equals and value not in SAFETY_VALUES):
-            raise _malformed("AUXSTREAM_FUSION_SAFE", text)
+            raise SettingsError(f"malformed {where}", expected=MEANING["AUXSTREAM_FUSION_SAFE"], came=repr(text))
         rules.append((glob, cast(Safety, value if equals else "1")))
     return tuple(rules)
 

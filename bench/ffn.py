@@ -1,0 +1,164 @@
+"""The feed-forward blocks of a mixture-of-experts decode step: fusion and overlap against torch.compile, in one run.
+
+    python -m auxstream.bench.ffn [--layers N] [--batch B ...] [--json PATH]
+
+Measures: device time per layer of router, experts, dense branch and norms of Gemma-4-26B-A4B (random weights), each
+variant one CUDA graph, replayed interleaved; and the kernels each graph launches, by name. The overlapped graphs must
+equal the serial ones of the same kernels bit for bit. Does not measure: attention, the host, compile time. Needs a GPU
+and the extra `hf`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ..capture.huggingface import build, gemma4_config
+from ..capture.mark import mark_multi_stream_moe_shared_experts
+from ..capture.schedule import insert_regions
+from ..capture.trace import trace
+from ..kernels import fuse_elementwise
+from ..runtime.errors import AuxstreamError
+from .harness import device_time, interleave, write
+
+FUSIONS = ("unfused", "fused on the caller", "fused everywhere")
+
+
+class FeedForward(nn.Module):
+    """What a decoder layer does behind its attention, layer after layer."""
+
+    def __init__(self, layers: Any) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            residual = hidden
+            dense = layer.post_feedforward_layernorm_1(layer.mlp(layer.pre_feedforward_layernorm(residual)))
+            flat = residual.reshape(-1, residual.shape[-1])
+            _, weights, chosen = layer.router(flat)
+            routed = layer.experts(layer.pre_feedforward_layernorm_2(flat), chosen, weights).reshape(residual.shape)
+            merged = layer.post_feedforward_layernorm(dense + layer.post_feedforward_layernorm_2(routed))
+            hidden = (residual + merged) * layer.layer_scalar
+        return hidden
+
+
+def graphs(model: FeedForward, hidden: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Every combination of fusion and streams, from one trace."""
+    traced = trace(model, (hidden,)).graph_module
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    for fusion in FUSIONS:
+        for streams in ("one stream", "aux stream"):
+            gm = GraphModule(traced, copy.deepcopy(traced.graph))
+            mark_multi_stream_moe_shared_experts(gm)
+            if fusion != "unfused":
+                fuse_elementwise(gm, safe=(("*", "1"),) if fusion == "fused everywhere" else ())
+            if streams == "aux stream":
+                insert_regions(gm)
+            found[f"{fusion}, {streams}"] = gm
+    return found
+
+
+class Captured:
+    """A callable in a CUDA graph, with what it reads kept alive."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
+        self.kept = (run, hidden)
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        with torch.no_grad():
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    run(hidden)
+            stream.synchronize()
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.out = run(hidden)
+
+    def sample(self) -> float:
+        """Microseconds per replay."""
+        return device_time(self.graph.replay, 10)
+
+    def launches(self) -> dict[str, int]:
+        """Kernels of one replay, by name."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.graph.replay()
+            torch.cuda.synchronize()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "trace.json"
+            profile.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        return dict(collections.Counter(event["name"] for event in events if event.get("cat") == "kernel"))
+
+
+def pointwise_launches(names: dict[str, int]) -> int:
+    """Elementwise and reduction kernels: ours, Inductor's, and ATen's."""
+    words = (
+        "fused_",
+        "triton_poi",
+        "triton_red",
+        "triton_per",
+        "elementwise",
+        "reduce_kernel",
+        "softmax",
+        "_index",
+        "cat",
+    )
+    return sum(count for name, count in names.items() if any(word.lower() in name.lower() for word in words))
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--json", help="write the figures here")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise AuxstreamError("bench.ffn measures CUDA graphs", came="no GPU", remedy="run it on a machine with one")
+    decoder = build(gemma4_config(options.layers, "full"), torch.device("cuda"))
+    model = FeedForward(decoder.model.layers)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    results: dict[str, Any] = {}
+    for batch in options.batch:
+        hidden = torch.randn(batch, 1, 2816, device="cuda", dtype=torch.bfloat16)
+        runs = {name: Captured(run, hidden) for name, run in graphs(model, hidden).items()}
+        if not options.no_compile:
+            runs["torch.compile, one stream"] = Captured(torch.compile(model, dynamic=False, fullgraph=True), hidden)
+        for run in runs.values():
+            run.graph.replay()
+        equal = {
+            fusion: torch.equal(runs[f"{fusion}, one stream"].out, runs[f"{fusion}, aux stream"].out)
+            for fusion in FUSIONS
+        }
+        figures = interleave({name: run.sample for name, run in runs.items()}, options.rounds, "us")
+        print(f"batch {batch}, {options.layers} layers, us per layer")
+        for name, figure in figures.items():
+            names = runs[name].launches()
+            per_layer = figure.median / options.layers
+            counts = (pointwise_launches(names) / options.layers, sum(names.values()) / options.layers)
+            results[f"batch {batch}: {name}"] = {
+                "us per layer": per_layer,
+                "step": figure,
+                "pointwise launches per layer": counts[0],
+                "launches per layer": counts[1],
+                "kernels": names,
+            }
+            print(f"  {name:34} {per_layer:7.1f}   {counts[0]:5.1f} pointwise of {counts[1]:5.1f} launches", flush=True)
+        results[f"batch {batch}: overlapped equals serial"] = equal
+        print(f"  overlapped equals serial, bit for bit: {equal}")
+    write(options.json, "ffn", results)
+    return results
+
+
+if __name__ == "__main__":
+    main()
