@@ -40,6 +40,13 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replays", type=_count, help="replays compared bit for bit (default: 1000 on a GPU, else 40)")
     parser.add_argument("--rounds", type=_count, default=15, help="timing rounds (GPU)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument(
+        "--fusion",
+        nargs="+",
+        choices=("unfused", "caller", "everywhere"),
+        default=["unfused", "caller", "everywhere"],
+        help="what runs as fused kernels: nothing, what the marker leaves (compile's default), or all; default: each",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the inputs and delays")
     parser.add_argument("--json", type=_new_file, help="write the figures here")
 
