@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -30,7 +31,8 @@ from .simulate import Simulation
 from .source import host_read
 from .streams import CALLER, InlineStreams, RecordingMachine, SimulatedStreams
 
-_HOST_READS = frozenset({torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__})
+_HOST_READS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__})
+_FROM_VALUES = frozenset({torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor})
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +159,22 @@ class CudaGraph(CapturedGraph):
 
 
 class _NoHostReads(TorchFunctionMode):
-    """On CPU tensors `numpy()` and `tolist()` read memory without dispatching an op."""
+    """Some reads of values dispatch no op: `numpy()` and `tolist()` on CPU, and `torch.tensor([a, b])` of tensors."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self._device_type = device_type
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        read: Any = ()
         if func in _HOST_READS:
-            raise host_read(f"Tensor.{func.__name__}()")
-        return func(*args, **(kwargs or {}))
+            read = args[0]
+        elif func in _FROM_VALUES:  # a tensor on its own is copied on the device
+            read = [given for given in (*args, *kwargs.values()) if isinstance(given, list | tuple)]
+        if any(isinstance(leaf, Tensor) and leaf.device.type == self._device_type for leaf in pytree.tree_leaves(read)):
+            raise host_read(func.__qualname__.rpartition(".")[2])
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -181,8 +193,8 @@ def graph(
         verify: what a failed proof does: `error` raises RaceError, `warn` warns, `off` proves nothing and watches
             nothing. `AUXSTREAM_VERIFY` overrides it.
         device: None for the current CUDA device, or the simulated machine where there is none; `"cpu"` forces that.
-        pool: a graph memory pool to share, as in `torch.cuda.graph`.
-        stream: the stream to capture on; default: a stream of this module's own.
+        pool: a graph memory pool to share, as in `torch.cuda.graph`. No meaning on the simulated machine.
+        stream: the stream to capture on; default: a stream of this module's own. Likewise.
 
     Raises:
         CaptureError: work that cannot be captured, or a region left open when the block ends.
@@ -254,7 +266,7 @@ def _record(name: str, mode: Verify) -> Generator[CapturedGraph]:
     machine = RecordingMachine(below, recorder)
     rng = torch.get_rng_state()
     try:
-        with _recording(machine, _NoHostReads(), recorder):
+        with _recording(machine, _NoHostReads("cpu"), recorder):
             yield captured
     finally:
         recorder.restore_outside()
@@ -283,7 +295,10 @@ def _capture(
         streams = InlineStreams(CudaMachine().current_handle)
     machine = RecordingMachine(streams, recorder)
     recorder.record_use = lambda tensor, _: tensor.record_stream(torch.cuda.current_stream())
-    with CudaCapture(captured.cuda_graph, device, pool, stream) as capture, _recording(machine, recorder):
+    with (
+        CudaCapture(captured.cuda_graph, device, pool, stream) as capture,
+        _recording(machine, _NoHostReads("cuda"), recorder),
+    ):
         yield captured
     _close(captured, recorder, machine, recorder.finish(), mode)
     captured.cuda_graph.instantiate()

@@ -20,6 +20,7 @@ from typing import Any, Final
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from ..kernels.accesses import hidden_writes
@@ -58,6 +59,8 @@ class _Storage:
 
 class Recorder(TorchDispatchMode):
     """Fills a program. `allocator` None: the addresses are the device's own (a CUDA capture is under way)."""
+
+    supports_higher_order_operators = True  # that is, they come here to be refused
 
     def __init__(self, *, allocator: AllocatorModel | None, watch: Verify) -> None:
         super().__init__()
@@ -169,6 +172,13 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if isinstance(func, HigherOrderOperator):
+            raise CaptureError(
+                f"{func} takes functions as arguments, and cannot be recorded, at {source_line()}",
+                expected="ops on tensors",
+                came="an op whose work is known when it runs",
+                remedy="call the function it would call; torch.where in place of torch.cond",
+            )
         if func is _aten.record_stream.default:
             return func(*args, **kwargs)
         if any(map(is_traceable_wrapper_subclass, tensors)):

@@ -68,7 +68,8 @@ class Simulation:
         Raises:
             SimulatedFault: an op failed on what it read, as corrupted indices make it fail.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        # As recorded, whatever mode the replay comes in.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             states = self._rehearse()
             ends = {generator: generator.get_state() for generator in self._draws.values()}
             self._arena.fill_(POISON)
