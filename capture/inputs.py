@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..runtime.errors import InputError
 from .program import TensorRef
@@ -178,6 +179,13 @@ def _check(name: str, static: Any, value: Any) -> None:
                 remedy="pass a tensor if it must vary, or compile for this value too",
             )
         return
+    if isinstance(value, FakeTensor):
+        raise InputError(
+            "a compiled model is called while another model is traced",
+            expected="tensors with values",
+            came=f"a traced stand-in for {name!r}",
+            remedy="compile the outer model alone: a graph holds no other graph",
+        )
     if not isinstance(value, Tensor) or _kind(value) != _kind(static):
         raise InputError(
             f"input {name!r} differs from the captured one",

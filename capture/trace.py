@@ -11,18 +11,19 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from ..kernels.dataflow import Dataflow
-from ..runtime.errors import TraceError
+from ..runtime.errors import AuxstreamError, TraceError
 
 # Checks that export leaves behind. They compute nothing the graph needs, and an assertion on the device is a kernel.
 _CHECKS = (
@@ -34,6 +35,7 @@ _CHECKS = (
     "sym_constrain_range",
     "sym_constrain_range_for_size",
 )
+_TABLES = frozenset(vars(nn.Module()))
 _DATA_DEPENDENT = ("data-dependent", "data dependent", "guardondatadependent", "unbacked", "_local_scalar_dense")
 
 
@@ -63,20 +65,39 @@ class TracedGraph:
 
 
 def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> TracedGraph:
-    """Trace `model(*args, **kwargs)` without running it on values. Shapes are static.
+    """Trace `model(*args, **kwargs)` without running it on values. Shapes are static. No other thread may run modules
+    meanwhile: `torch.export` patches `nn.Module` for the whole process.
 
     Raises TraceError for control flow that depends on values, for values that become shapes, and for whatever else
     keeps `torch.export` from making one graph.
     """
     arguments, keywords = tuple(args), dict(kwargs or {})
-    with torch.no_grad():
+    with torch.no_grad(), _attributes_kept(model):
         program = _exported(model, arguments, keywords)
         gm = _module_of(program)
     _strip_checks(gm)
+    _refuse_nested_graphs(gm)
     _refuse_symbols(gm)
     flow = Dataflow.of(gm)
     names = tuple(node.name for node in gm.graph.nodes if node.op == "placeholder")
     return TracedGraph(gm, names, flow.mutated("get_attr"), flow.mutated("placeholder"))
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Generator[None]:
+    """Export executes writes to tensors that are plain attributes, neither parameters nor buffers: undo them."""
+    attributes = [leaf for module in model.modules() for leaf in pytree.tree_leaves(_plain(module))]
+    before = [(tensor, tensor.detach().clone()) for tensor in attributes if isinstance(tensor, Tensor)]
+    try:
+        yield
+    finally:
+        for tensor, values in before:
+            tensor.copy_(values)
+
+
+def _plain(module: nn.Module) -> list[Any]:
+    """The module's attributes, without torch's own tables of parameters, buffers, submodules and hooks."""
+    return [value for name, value in vars(module).items() if name not in _TABLES]
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
@@ -85,6 +106,8 @@ def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     try:
         with contextlib.redirect_stderr(said):
             program = torch.export.export(model, args, kwargs, strict=False)
+    except AuxstreamError:
+        raise  # from a compiled model within this one
     except Exception as error:
         # On failure export prints all of the graph it had so far. The error we raise names the line instead.
         sys.stderr.write(said.getvalue().replace(str(getattr(error, "partial_fx_graph", "\0")), "").lstrip())
@@ -115,6 +138,19 @@ def _strip_checks(gm: GraphModule) -> None:
     gm.delete_all_unused_submodules()
     gm.recompile()
     gm.graph.lint()
+
+
+def _refuse_nested_graphs(gm: GraphModule) -> None:
+    """Contexts entered and branches taken inside forward stay graphs within the graph, which the rest cannot read."""
+    for node in gm.graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):
+            raise TraceError(
+                f"the model holds a {node.target} that stays a graph of its own",
+                expected="one flat graph of tensor ops",
+                came=f"{node.name} at {where(node)}",
+                remedy="enter autocast or grad modes around compile() in place of inside forward; use torch.where in "
+                "place of torch.cond",
+            )
 
 
 def _refuse_symbols(gm: GraphModule) -> None:

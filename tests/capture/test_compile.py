@@ -272,6 +272,12 @@ def test_a_model_that_cannot_be_traced_is_as_before() -> None:
     assert torch.equal(model.buffer, torch.zeros(4, 8))
 
 
+def test_a_compiled_model_within_a_model_is_refused() -> None:
+    _, inner = compiled(lambda m, x: m.linear(x), draw())
+    with pytest.raises(InputError, match="compile the outer model alone"):
+        auxstream.compile(Model(lambda m, x: inner(x) + 1), (draw(),))
+
+
 @pytest.mark.gpu
 def test_each_warm_up_run_starts_from_the_same_state() -> None:
     class Counts(nn.Module):

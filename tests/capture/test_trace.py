@@ -108,6 +108,45 @@ def test_running_statistics_count_as_written_in_training_alone() -> None:
     assert trace(norm.eval(), (torch.randn(3, 4),)).mutated_buffers == ()
 
 
+class KeepsPlainTensors(nn.Module):
+    """Its state is in attributes that are no buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = torch.zeros(2)
+        self.rows = [torch.zeros(2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        self.rows[0].copy_(x)
+        return x + self.count
+
+
+def test_tensors_that_are_plain_attributes_are_as_before_and_the_graph_writes_them() -> None:
+    model = KeepsPlainTensors()
+    traced = trace(model, (torch.ones(2),))
+    assert model.count.tolist() == model.rows[0].tolist() == [0.0, 0.0]
+    assert traced.graph_module(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert model.count.tolist() == model.rows[0].tolist() == [1.0, 1.0]
+
+
+class EntersAutocast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return x @ x
+
+
+class TakesBranches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+
+@pytest.mark.parametrize("model", [EntersAutocast(), TakesBranches()], ids=lambda model: type(model).__name__)
+def test_graphs_within_the_graph_are_refused(model: nn.Module) -> None:
+    with pytest.raises(TraceError, match=r"(?s)graph of its own.*remedy"):
+        trace(model, (torch.ones(2, 2),))
+
+
 class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + 1 if x.sum() > 0 else x - 1
