@@ -6,6 +6,7 @@ The calls on the hot path return the driver's tuple unwrapped; `failed(...)` is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from .errors import AuxstreamError, CaptureError, MissingDependencyError, RegionError
@@ -42,6 +43,24 @@ def call(result: tuple[Any, ...], doing: str) -> Any:
     if result[0]:
         raise failed(result[0], doing)
     return result[1] if len(result) == 2 else result[1:]
+
+
+def attach(device: int) -> bool:
+    """Give this thread the device's primary context, as its first CUDA op would, and say whether it had none. Without
+    one a thread can neither make streams nor use the default stream."""
+    if int(call(cuda.cuCtxGetCurrent(), "reading the thread's context")):
+        return False
+    context = call(cuda.cuDevicePrimaryCtxRetain(device), f"opening cuda:{device}")
+    call(cuda.cuCtxSetCurrent(context), f"making cuda:{device} the thread's device")
+    return True
+
+
+def insist(code: Any, device: int, doing: str, step: Callable[..., tuple[Any]], *arguments: Any) -> None:
+    """`step` has failed with `code`: take it again if this thread was new to CUDA, or raise what it means."""
+    if attach(device):
+        code = step(*arguments)[0]
+    if code:
+        raise failed(code, doing)
 
 
 def make_event() -> Any:

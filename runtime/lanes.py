@@ -18,14 +18,26 @@ from . import driver
 class StreamHandle:
     """A CUDA stream in the three forms its callers need: driver, torch, and torch's id triple."""
 
-    __slots__ = ("cu", "handle", "ids", "torch_stream")
+    __slots__ = ("cu", "device", "handle", "ids", "torch_stream")
 
     def __init__(self, ids: tuple[int, int, int]) -> None:
         stream = torch.cuda.Stream(stream_id=ids[0], device_index=ids[1], device_type=ids[2])
         self.ids = ids
+        self.device = ids[1]
         self.torch_stream = stream
         self.handle: int = stream.cuda_stream
         self.cu: Any = driver.cuda.CUstream(self.handle)
+
+
+class Caller(StreamHandle):
+    """A stream that forks and joins regions, with the pool its regions of default priority take their lanes from."""
+
+    __slots__ = ("joined", "pool")
+
+    def __init__(self, ids: tuple[int, int, int], pool: LanePool) -> None:
+        super().__init__(ids)
+        self.pool = pool
+        self.joined = (self.handle,)  # a region's `joined_by`, once this stream was the first to join it
 
 
 class Lane(StreamHandle):
@@ -37,16 +49,20 @@ class Lane(StreamHandle):
     stream, which is past the earlier one. So no waiter can miss its record, and no event is ever made on the hot path.
     """
 
-    __slots__ = ("done", "forked", "index", "name", "pool")
+    __slots__ = ("displaced", "done", "forked", "index", "name", "pool")
 
     def __init__(self, pool: LanePool, index: int) -> None:
-        external = torch.cuda.ExternalStream(int(driver.make_stream(pool.priority)), device=pool.device)
+        with torch.cuda.device(pool.device):  # the driver makes streams and events on the current device
+            driver.attach(pool.device)
+            stream = driver.make_stream(pool.priority)
+            self.forked: Any = driver.make_event()
+            self.done: Any = driver.make_event()
+        external = torch.cuda.ExternalStream(int(stream), device=pool.device)
         super().__init__((external.stream_id, external.device_index, external.device_type))
+        self.displaced: tuple[int, int, int] | None = None  # see CudaMachine.enter
         self.pool = pool
         self.index = index
         self.name = f"lane{index}" if pool.priority == 0 else f"lane{index}p{pool.priority}"
-        self.forked: Any = driver.make_event()
-        self.done: Any = driver.make_event()
 
 
 class LanePool:
@@ -62,16 +78,16 @@ class LanePool:
     def __init__(self, device: int, priority: int) -> None:
         self.device = device
         self.priority = priority
-        self._lanes: list[Lane] = []
-        self._free: list[int] = []
+        self.lanes: list[Lane] = []
+        self.free: list[int] = []
 
     def take(self, caller: int) -> Lane:
         """A free lane whose native handle differs from `caller`'s, made if there is none."""
-        try:
-            lane = self._lanes[heappop(self._free)]
-        except IndexError:
-            lane = Lane(self, len(self._lanes))
-            self._lanes.append(lane)
+        if self.free:
+            lane = self.lanes[heappop(self.free)]
+        else:
+            lane = Lane(self, len(self.lanes))
+            self.lanes.append(lane)
         if lane.handle == caller:  # the caller kept the stream of a region long joined
             lane, taken = self.take(0), lane
             self.give_back(taken)
@@ -79,4 +95,4 @@ class LanePool:
 
     def give_back(self, lane: Lane) -> None:
         """The lane's region was joined or dropped."""
-        heappush(self._free, lane.index)
+        heappush(self.free, lane.index)

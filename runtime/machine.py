@@ -8,13 +8,14 @@ recording machine of capture/record.py, which `auxstream.graph` puts in force on
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from . import ranges
 from .settings import SETTINGS
 
 if TYPE_CHECKING:
@@ -67,11 +68,16 @@ class InlineMachine:
 INLINE = InlineMachine()
 
 
+QuickFork = Callable[[str, Sequence[Any]], "Region | None"]
+"""Forks a region with these reads if it is a usual one (runtime/quick.py); None: fork it on the machine in force."""
+
+
 class _ThreadState(threading.local):
     """Thread-local, as CUDA's current stream is: a context variable would leak across awaits."""
 
     machine: Machine | None = None  # a recording's, or a control's; None: the thread's own
     own: Machine | None = None  # from the thread's first region on
+    quick_fork: QuickFork | None = None  # the own machine's, if that is CUDA's, as long as no other is in force
 
 
 thread_state = _ThreadState()
@@ -82,8 +88,11 @@ def adopt_machine() -> Machine:
     machine: Machine = INLINE
     if not SETTINGS.disable and torch.cuda.is_available():
         from .cuda import thread_machine
+        from .quick import quick_fork
 
-        machine = thread_machine(threading.get_ident())
+        machine = own = thread_machine(threading.get_ident())
+        if not ranges.ENABLED:
+            thread_state.quick_fork = quick_fork(own)
     thread_state.own = machine
     return machine
 
@@ -96,9 +105,9 @@ def current_machine() -> Machine:
 @contextmanager
 def using_machine(machine: Machine) -> Generator[None]:
     """Put `machine` in force on this thread for the block."""
-    before = thread_state.machine
-    thread_state.machine = machine
+    before = thread_state.machine, thread_state.quick_fork
+    thread_state.machine, thread_state.quick_fork = machine, None
     try:
         yield
     finally:
-        thread_state.machine = before
+        thread_state.machine, thread_state.quick_fork = before

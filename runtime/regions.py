@@ -8,13 +8,12 @@
 
 Enters: tensors (any pytree) the branch will read or write. Leaves: the same Python values, safe to use on every
 stream that joined. Invariant: the host never waits, and a region's steps happen in the order above or raise.
-This file is the eager hot path: no environment, no allocation beyond the region itself, no logging.
+No environment and no logging here. The usual eager region has its own, quicker form of the steps (runtime/quick.py).
 """
 
 from __future__ import annotations
 
 import enum
-import operator
 import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -43,29 +42,43 @@ _FORKED: Final = State.FORKED
 _RUNNING: Final = State.RUNNING
 _LEFT: Final = State.LEFT
 _JOINED: Final = State.JOINED
-_NOTHING: Final[tuple[Any, ...]] = ()
-_version_of: Final = operator.attrgetter("_version")
+NOTHING: Final[tuple[Any, ...]] = ()
+Versions = int | None | tuple[int | None, ...]
+"""One tensor's version, or one for each of several; None: not compared."""
 
 
 class Region:
     """One branch on an auxiliary stream. Made by `fork`; see the module's picture for its life."""
 
-    # Defaults of the class, not of each object: a fork writes only what it has.
-    lane: Any = None  # the machine's: the stream the branch runs on; None: the caller's
-    outer: Any = None  # the machine's: the stream that was current at enter
-    joined_by: tuple[int, ...] = ()  # the machine's: streams that have waited
-    held: Sequence[Tensor] = _NOTHING  # reads that a compiled graph keeps alive until the join
-    held_returns: Sequence[Tensor] = _NOTHING  # results whose lifetime a compiled graph has proved
-    priority: int = 0
-    _returned: tuple[Tensor, ...] = ()
-    _versions: tuple[int, ...] | None = None  # of `_compared`, at the fork
-    _compared: Sequence[Tensor] = _NOTHING
+    __slots__ = (
+        "__weakref__",
+        "_returned",
+        "_versions",  # of `recorded`, at the fork
+        "held",  # reads that a compiled graph keeps alive until the join
+        "held_returns",  # results whose lifetime a compiled graph has proved
+        "joined_by",  # the machine's: streams that have waited
+        "lane",  # the machine's: the stream the branch runs on; None: the caller's
+        "machine",
+        "name",
+        "outer",  # the machine's: the stream that was current at enter
+        "priority",
+        "recorded",  # tensors that get `record_stream`
+        "state",
+    )
 
-    def __init__(self, name: str, machine: Machine, recorded: Sequence[Tensor]) -> None:
+    def __init__(self, name: str, machine: Machine, recorded: Sequence[Tensor], priority: int = 0) -> None:
         self.name = name
         self.machine = machine
-        self.recorded = recorded
+        self.recorded: Sequence[Tensor] = recorded
+        self.priority = priority
         self.state = _FORKED
+        self.lane: Any = None
+        self.outer: Any = None
+        self.joined_by: tuple[int, ...] = NOTHING
+        self.held: Sequence[Tensor] = NOTHING
+        self.held_returns: Sequence[Tensor] = NOTHING
+        self._returned: tuple[Tensor, ...] = NOTHING
+        self._versions: Versions = None
 
     def __repr__(self) -> str:
         return f"<auxstream region {self.name!r}, {self.state.value}>"
@@ -94,6 +107,7 @@ class Region:
             if error is None:
                 raise
             error.add_note(f"while closing region {self.name!r}: {refusal}")
+            self._drop()
         finally:
             self.state = _LEFT
         if error is not None:
@@ -104,7 +118,7 @@ class Region:
         if self.state is not _RUNNING:
             raise self._illegal("asked to return values", "a running region", "call returns() inside the `with` block")
         if isinstance(values, Tensor):
-            self._returned = (*self._returned, values)
+            self._returned = (*self._returned, values) if self._returned else (values,)
         else:
             found = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
             self._returned = (*self._returned, *found)
@@ -112,6 +126,8 @@ class Region:
 
     def join(self) -> None:
         """Make the current stream wait, on the device, until the branch is done. Again on the same stream: no-op.
+
+        Where another device is current, it is the current stream of the region's device that waits.
 
         Raises:
             RegionError: the region was not left yet.
@@ -121,10 +137,10 @@ class Region:
             raise self._illegal("joined", "a region whose branch has run", "join after its `with` block")
         self.machine.join(self, self._returned)
         if self.state is _LEFT:
-            versions, compared, declared = self._versions, self._compared, self.recorded
+            declared, versions = self.recorded, self._versions
             self._close()
-            if versions is not None and versions != tuple(map(_version_of, compared)):
-                raise self._undeclared_write(declared, compared, versions)
+            if versions is not None and (index := _first_written(declared, versions)) is not None:
+                raise self._undeclared_write(index)
 
     def abandon(self) -> None:
         """Give up a region on the way out of an error: wait for its branch if it ran, forget it if it did not."""
@@ -136,24 +152,27 @@ class Region:
                 self.state = _LEFT
             if self.state is _LEFT:
                 self.machine.join(self, self._returned)
-            elif self.state is _FORKED:
-                self.machine.drop(self)
+            else:
+                self._drop()
+        except BaseException:
+            self._drop()
+            raise
         finally:
             self._close()
 
+    def _drop(self) -> None:
+        """Nobody will wait for the branch: the machine takes back what it lent, once."""
+        if self.state is not _JOINED:
+            self.machine.drop(self)
+            self.lane = None
+
     def _close(self) -> None:
         self.state = _JOINED
-        self.recorded = self._compared = _NOTHING
-        if self.held:
-            self.held = _NOTHING
+        self.recorded = self.held = NOTHING
 
-    def _undeclared_write(
-        self, declared: Sequence[Tensor], compared: Sequence[Tensor], versions: Sequence[int]
-    ) -> UndeclaredAccessError:
-        changed = next(tensor for tensor, old in zip(compared, versions, strict=True) if old != tensor._version)
-        written = [tensor is changed for tensor in declared].index(True)
+    def _undeclared_write(self, index: int) -> UndeclaredAccessError:
         return UndeclaredAccessError(
-            f"region {self.name!r}: the tensor declared as read #{written} was written between fork and join",
+            f"region {self.name!r}: the tensor declared as read #{index} was written between fork and join",
             expected="tensors a branch reads stay unwritten until the region is joined",
             came="an in-place write, on the branch or on the caller's stream",
             remedy=f"declare it: fork({self.name!r}, ..., writes=tensor), and touch it on one side only until join()",
@@ -167,7 +186,7 @@ class Region:
     def __del__(self) -> None:
         if self.state is _JOINED:
             return
-        self.machine.drop(self)
+        self._drop()
         warnings.warn(
             f"region {self.name!r} was dropped while {self.state.value}: nobody waited for its branch. "
             "Call join() before its results are used.",
@@ -177,7 +196,7 @@ class Region:
 
 
 def open_region(
-    name: str, *, recorded: Sequence[Tensor] = _NOTHING, held: Sequence[Tensor] = _NOTHING, priority: int = 0
+    name: str, *, recorded: Sequence[Tensor] = NOTHING, held: Sequence[Tensor] = NOTHING, priority: int = 0
 ) -> Region:
     """Fork with the lifetimes spelled out, for compiled graphs: `held` tensors are kept alive until the join by the
     caller's own references and need no `record_stream`; `recorded` ones get it."""
@@ -185,20 +204,12 @@ def open_region(
     first = recorded or held
     if first and not first[0].is_cuda and machine.compares_versions and _all_on_cpu(recorded, held):
         machine = INLINE
-    region = Region(name, machine, recorded)
-    if held:
-        region.held = held
-    if priority:
-        region.priority = priority
-    try:
-        machine.fork(region)
-    except BaseException:
-        region.abandon()
-        raise
-    return region
+    region = Region(name, machine, recorded, priority)
+    region.held = held
+    return _forked(region)
 
 
-def fork(name: str, *reads: Any, writes: Any = _NOTHING, priority: int = 0) -> Region:
+def fork(name: str, *reads: Any, writes: Any = NOTHING, priority: int = 0) -> Region:
     """Mark the point on the current stream from which a branch may run on an auxiliary stream.
 
     Args:
@@ -212,39 +223,50 @@ def fork(name: str, *reads: Any, writes: Any = _NOTHING, priority: int = 0) -> R
     Raises:
         RegionError: a read that is no tensor, or a tensor on another device than the current one.
     """
-    for value in reads:
-        if not isinstance(value, Tensor):
-            reads = tuple(_tensors(name, reads, "read"))
-            break
+    quick_fork = thread_state.quick_fork
+    if quick_fork is not None and writes is NOTHING and not priority:
+        region = quick_fork(name, reads)
+        if region is not None:
+            return region
+    read = _tensors(name, reads, "read")
+    written = _tensors(name, writes, "write")
     machine = thread_state.machine or thread_state.own or adopt_machine()
     compares = machine.compares_versions
-    written: Sequence[Tensor] = _NOTHING
-    if writes is not _NOTHING:
-        written = _tensors(name, writes, "write")
-    if compares and reads and not reads[0].is_cuda and _all_on_cpu(reads, written):
+    if compares and (read or written) and _all_on_cpu(read, written):
         machine = INLINE
-    region = Region(name, machine, (*reads, *written) if written else reads)
-    if priority:
-        region.priority = priority
+    region = Region(name, machine, (*read, *written), priority)
     if compares:
-        try:
-            region._compared = compared = reads if not written else _unshared(reads, written)
-            region._versions = tuple(map(_version_of, compared))
-        except RuntimeError:  # an inference tensor keeps no version
-            region._compared = [tensor for tensor in _unshared(reads, written) if not tensor.is_inference()]
-            region._versions = tuple(map(_version_of, region._compared))
+        region._versions = versions_of(region.recorded, written)
+    return _forked(region)
+
+
+def _forked(region: Region) -> Region:
     try:
-        machine.fork(region)
+        region.machine.fork(region)
     except BaseException:
         region.abandon()
         raise
     return region
 
 
-def _unshared(reads: Sequence[Tensor], written: Sequence[Tensor]) -> list[Tensor]:
-    """The reads that no declared write may change: those that share no memory with one."""
+def versions_of(tensors: Sequence[Tensor], written: Sequence[Tensor] = NOTHING) -> Versions:
+    """The versions to compare at the join. An inference tensor keeps none; what shares memory with one of `written`
+    may change."""
     allowed = {tensor.untyped_storage()._cdata for tensor in written}
-    return [tensor for tensor in reads if tensor.untyped_storage()._cdata not in allowed]
+    versions = [
+        None if tensor.is_inference() or (allowed and tensor.untyped_storage()._cdata in allowed) else tensor._version
+        for tensor in tensors
+    ]
+    return versions[0] if len(versions) == 1 else tuple(versions)
+
+
+def _first_written(tensors: Sequence[Tensor], before: Versions) -> int | None:
+    """The index of the first of `tensors` whose version differs from the one it had `before`."""
+    versions = before if isinstance(before, tuple) else (before,) * len(tensors)
+    for index, (tensor, version) in enumerate(zip(tensors, versions, strict=True)):
+        if version is not None and version != tensor._version:
+            return index
+    return None
 
 
 def _all_on_cpu(*groups: Sequence[Tensor]) -> bool:
@@ -252,6 +274,8 @@ def _all_on_cpu(*groups: Sequence[Tensor]) -> bool:
 
 
 def _tensors(name: str, tree: Any, role: Literal["read", "write"]) -> list[Tensor]:
+    if isinstance(tree, tuple) and all(isinstance(leaf, Tensor) for leaf in tree):
+        return list(tree)
     found: list[Tensor] = []
     for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
         if isinstance(leaf, Tensor):
@@ -267,7 +291,7 @@ def _tensors(name: str, tree: Any, role: Literal["read", "write"]) -> list[Tenso
     return found
 
 
-def aux_region(name: str, *reads: Any, writes: Any = _NOTHING, priority: int = 0) -> Region:
+def aux_region(name: str, *reads: Any, writes: Any = NOTHING, priority: int = 0) -> Region:
     """Fork, to be entered at once: `with aux_region("shared", x) as region: ...`; `region.join()` stays explicit."""
     return fork(name, *reads, writes=writes, priority=priority)
 
@@ -285,16 +309,19 @@ def parallel(
     leaves. `reads` and `writes` hold for every branch.
     """
     names = [name] if len(branches) == 1 else [f"{name}.{index}" for index in range(len(branches))]
-    regions = [fork(each, reads, writes=writes) for each in names]
-    pending = list(regions)
+    regions: list[Region] = []
+    joined = 0
     try:
+        for each in names:
+            regions.append(fork(each, reads, writes=writes))
         results = [caller()]
         for region, branch in zip(regions, branches, strict=True):
             with region:
                 results.append(region.returns(branch()))
-        while pending:
-            pending.pop(0).join()
+        for region in regions:
+            joined += 1
+            region.join()
         return tuple(results)
     finally:
-        for region in pending:
+        for region in regions[joined:]:
             region.abandon()

@@ -671,7 +671,8 @@ def run_script(script: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_kill_switch(capsys: pytest.CaptureFixture[str]) -> None:
-    off = run_script(f"{SCRIPT}\nassert process_machine() is INLINE", AUXSTREAM_DISABLE="1")
+    off = run_script(SCRIPT, AUXSTREAM_DISABLE="1")
+    assert off.returncode == 0, off.stderr
     assert off.stdout == "1 3 ('a',) True\n", off.stderr  # one stream, no events
     exec(SCRIPT, {})
     assert capsys.readouterr().out == "2 7 ('a',) True\n", "the same script, here"
