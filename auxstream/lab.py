@@ -26,6 +26,7 @@ from .capture.schedule import insert_regions
 from .capture.trace import TracedGraph, trace
 from .controls import Fault, directed_replays, without_waits
 from .kernels import fuse_elementwise
+from .kernels.launch import compile_ahead
 from .runtime.machine import using_machine
 
 CONTEXT = 1024
@@ -98,7 +99,8 @@ class Lab:
         """The marked graph, fused that far."""
         if fusion not in self.fused:
             module = _copied(self.traced.graph_module)
-            fuse_elementwise(module, safe=(("*", "1"),) if fusion == "everywhere" else ())
+            report = fuse_elementwise(module, safe=(("*", "1"),) if fusion == "everywhere" else ())
+            compile_ahead(report.fusions)
             self.fused[fusion] = module
         return self.fused[fusion]
 

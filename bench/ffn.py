@@ -42,7 +42,8 @@ class FeedForward(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        for layer in self.layers:
+        layers: Any = self.layers
+        for layer in layers:
             residual = hidden
             dense = layer.post_feedforward_layernorm_1(layer.mlp(layer.pre_feedforward_layernorm(residual)))
             flat = residual.reshape(-1, residual.shape[-1])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..kernels.fuse import FusionReport, fuse_elementwise
+from ..kernels.launch import compile_ahead
 from ..kernels.reach import regions_of
 from ..kernels.routing import MARKED
 from ..kernels.safety import fusion_safety
@@ -144,6 +145,7 @@ def _fused(module: GraphModule, options: Options, trial: bool, dump: _Dump) -> t
         meta, module = module.meta, GraphModule(module, copy.deepcopy(module.graph))
         module.meta = dict(meta)
     report = fuse_elementwise(module, safe=parse_safety(options.fusion_safe), trial=trial)
+    compile_ahead(report.fusions)
     dump.write("2-fused", f"{report}\n\n{report.mlir}")
     return module, report
 

@@ -7,11 +7,12 @@ Invariant: what a launch needs (source, variant, numbers) is settled once per la
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from .spec import KernelSpec
 from .triton_source import Form, columns, has_reductions, triton_source
 from .tune import choose
 from .variants import Variant, variants
+
+if TYPE_CHECKING:
+    from .emit import Fusion
 
 NAMESPACE = "auxstream_fused"
 
@@ -40,9 +44,41 @@ def interpreting() -> bool:
 
 
 @functools.cache
+def kernel_of(spec: KernelSpec) -> FusedKernel:
+    """The kernel of this spec, with whatever launches it has settled."""
+    return FusedKernel(spec)
+
+
+def compile_ahead(fusions: Iterable[Fusion]) -> None:
+    """Compile, side by side, all that the kernels of a graph on a GPU will choose from; shapes must be static.
+
+    What is compiled here need not be compiled at the first launch, one kernel after the other.
+    """
+    todo: dict[Any, tuple[_Launch, list[torch.dtype]]] = {}
+    for fusion in fusions:
+        inputs = [node.meta["val"] for node in fusion.inputs]
+        if fusion.sizes or not inputs[0].is_cuda:
+            continue
+        kernel = kernel_of(fusion.spec)
+        outputs = kernel.fake(inputs, ())
+        dtypes = [tensor.dtype for tensor in (*inputs, *outputs)]
+        for variant, launch in kernel.candidates(inputs, outputs, ()).items():
+            todo[fusion.spec, variant, launch.numbers] = (launch, dtypes)
+    with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
+        for done in [pool.submit(launch.compile, dtypes) for launch, dtypes in todo.values()]:
+            done.result()
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """The device as choices are remembered by."""
+    return torch.cuda.get_device_name(device).replace(" ", "_")
+
+
+@functools.cache
 def operator(spec: KernelSpec) -> Any:
     """The op of this spec, registered once per process."""
-    library, kernel = _library(), FusedKernel(spec)
+    library, kernel = _library(), kernel_of(spec)
     library.define(f"{spec.name}(Tensor[] inputs, SymInt[] sizes) -> Tensor[]")
     library.impl(spec.name, kernel, "CUDA")
     library.impl(spec.name, kernel if interpreting() else kernel.reference, "CPU")
@@ -63,6 +99,10 @@ class _Launch:
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         self.kernel[self.grid](*tensors, *self.numbers, **self.options)
+
+    def compile(self, dtypes: Sequence[torch.dtype]) -> None:
+        """Compile without launching, for operands of these dtypes at aligned addresses."""
+        self.kernel.warmup(*dtypes, *self.numbers, grid=self.grid, **self.options)
 
 
 class FusedKernel:
@@ -111,6 +151,19 @@ class FusedKernel:
                 came=", ".join(f"{tuple(t.shape)} strides {t.stride()}" for t in inputs),
                 remedy="run the graph once with these shapes before capturing it (auxstream.compile does)",
             )
+        launches = self.candidates(inputs, outputs, sizes)
+        first = next(iter(launches.values()))
+        if not inputs[0].is_cuda or len(launches) == 1:
+            return first
+        if first.copied:
+            inputs = [t.contiguous() if i in first.copied else t for i, t in enumerate(inputs)]
+        key = f"{self.spec.name}-{'-'.join(map(str, first.numbers))}-{device_name(inputs[0].device)}"
+        return choose(key, launches, [*inputs, *outputs])
+
+    def candidates(
+        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], sizes: Sequence[int]
+    ) -> dict[Variant, _Launch]:
+        """The launches to choose from for operands that lie like these (their values are not touched)."""
         layouts = self.spec.layouts(inputs, outputs, sizes)
         copied = tuple(i for i, found in enumerate(layouts) if found is None)
         if copied:
@@ -118,20 +171,10 @@ class FusedKernel:
             layouts = self.spec.layouts(inputs, outputs, sizes)
         known = [found for found in layouts if found is not None]
         assert len(known) == len(layouts), f"{self.spec.name}: a contiguous operand in too many levels"
-        rows = self.spec.row_count(sizes)
-        width = columns(self.function)
+        rows, width = self.spec.row_count(sizes), columns(self.function)
         flat = self._is_flat(known, rows, width)
-        candidates = variants(width, rows, reduces=has_reductions(self.function), flat=flat)
-        launches = {v: functools.partial(self._launch, v, known, rows, width, copied) for v in candidates}
-        made = {variant: make() for variant, make in launches.items()} if inputs[0].is_cuda else {}
-        if not made:
-            return launches[candidates[0]]()
-        return choose(self._tuning_key(known, rows, inputs[0]), made, [*inputs, *outputs])
-
-    def _tuning_key(self, layouts: Sequence[Layout], rows: int, like: Tensor) -> str:
-        accesses = "-".join(str(found.access) for found in layouts)
-        device = torch.cuda.get_device_name(like.device).replace(" ", "_")
-        return f"{self.spec.name}-{accesses}-{rows}-{device}"
+        found = variants(width, rows, reduces=has_reductions(self.function), flat=flat)
+        return {variant: self._launch(variant, known, rows, width, copied) for variant in found}
 
     def _is_flat(self, layouts: Sequence[Layout], rows: int, width: int) -> bool:
         """Whether every operand is dense over all rows and columns, or one element."""
