@@ -19,9 +19,11 @@ from torch.fx import Node
 from . import mlir
 from .build import GroupBuilder, Kind, Value
 from .grouping import Group
-from .lower import REDUCING, ROWWISE, Call, lower
+from .lower import Call, lower
+from .meet import Meeting, meeting
+from .shapes import memory_order, product, same, width_of
 from .spec import Dim, KernelSpec, Operand, Result, Shape, Size
-from .views import column_slice, memory_order, product, same, width_of
+from .views import column_slice, seen_through
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +48,7 @@ def emit(group: Group) -> Fusion:
 class _Emitter:
     def __init__(self, group: Group) -> None:
         self.group = group
+        self.rows = product(group.rows)
         self.builder = GroupBuilder()
         self.values: dict[Node, Value] = {}
         self.operands: list[Operand] = []
@@ -70,42 +73,22 @@ class _Emitter:
 
     def _operand(self, user: Call, node: Node) -> Value:
         """The value of `node` as `user` reads it."""
-        if node in self.values:
-            return self.values[node]
-        if node in self.group.views:
-            value = self._operand(user, node.args[0])  # pyright: ignore[reportArgumentType]
-            columns = column_slice(node)
-            self.values[node] = value if columns is None else self.builder.columns(value, *columns)
-            return self.values[node]
-        return self._input(node, *self._used(user, node))
+        if node not in self.group.kinds:
+            return self._input(node, meeting(user, self.group.kinds[user.node], node, self.rows))
+        if node not in self.values:
+            source = seen_through(node)
+            assert source is not None, f"{node} is read before it is computed"
+            value, columns = self._operand(user, source), column_slice(node)
+            value = value if columns is None else self.builder.columns(value, *columns)
+            self.values[node] = self._as(value, self.group.kinds[node], width_of(node.meta["val"]))
+        return self.values[node]
 
-    def _used(self, user: Call, node: Node) -> tuple[Kind, tuple[Any, ...], Any]:
-        """How an outside tensor meets its user: its kind, the shape it is broadcast to, and its role."""
-        value: Tensor = node.meta["val"]
-        kind, width = self.group.kinds[user.node], width_of(value)
-        if user.node.target in ROWWISE:
-            if user.node.target in REDUCING and node is not user.source:
-                return Kind.COL, tuple(value.shape), "columns"  # a weight or bias
-            return Kind.FULL, tuple(value.shape), "columns"
-        shape = tuple(user.value.shape)
-        if all(same(size, 1) for size in value.shape):
-            return Kind.SCALAR, (), "columns"
-        if kind is Kind.ROW:
-            kept = same(product(shape[:-1]), product(self.group.rows)) and same(shape[-1], 1)
-            return Kind.ROW, shape, "columns" if kept else "rows"
-        leading = value.shape[:-1]
-        if all(same(size, 1) for size in leading) and (value.dim() == 1 or not same(product(self.group.rows), 1)):
-            return Kind.COL, (width,), "columns"
-        if same(width, 1) and not same(shape[-1], 1):
-            return Kind.ROW, (*shape[:-1], 1), "columns"
-        return Kind.FULL, shape, "columns"
-
-    def _input(self, node: Node, kind: Kind, used: tuple[Any, ...], role: Any) -> Value:
-        operand = Operand(node.meta["val"].dtype, self._shape(used), role)
-        key = (node, operand, kind)
+    def _input(self, node: Node, met: Meeting) -> Value:
+        operand = Operand(node.meta["val"].dtype, self._shape(met.used), met.role)
+        key = (node, operand, met.kind)
         if key not in self.given:
-            width = int(used[-1]) if kind in (Kind.FULL, Kind.COL) else 1
-            self.given[key] = self.builder.input(kind, width, operand.dtype)
+            width = int(met.used[-1]) if met.kind in (Kind.FULL, Kind.COL) else 1
+            self.given[key] = self.builder.input(met.kind, width, operand.dtype)
             self.operands.append(operand)
             self.inputs.append(node)
         return self.given[key]
@@ -123,9 +106,7 @@ class _Emitter:
         order = memory_order(value)
         assert order is not None, f"{node} is not dense"
         per_row = self.group.kinds[node] is Kind.ROW
-        kept = (
-            value.dim() > 0 and same(width_of(value), 1) and same(product(value.shape[:-1]), product(self.group.rows))
-        )
+        kept = value.dim() > 0 and same(width_of(value), 1) and same(product(value.shape[:-1]), self.rows)
         return Result(
             value.dtype, self._shape(tuple(value.shape)), order, "rows" if per_row and not kept else "columns"
         )

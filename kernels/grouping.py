@@ -2,9 +2,9 @@
 
 Enters: a graph with marks and without regions. Leaves: `Group`s of fusible nodes that share a row domain. Invariants:
 contracting all groups, and all marked regions, leaves the graph free of cycles (so no group straddles an opaque op or
-a mutation on its way); a group lies inside one region or outside of all; and no group makes work that a region could
-overlap wait for that region. The order of the nodes in the graph does not matter, only names and edges do: so fusing
-before regions are inserted and after gives the same groups.
+a mutation on its way); a group lies inside one region or outside of all; no group makes work wait that a region could
+overlap; and what a member reads of another is at its own row. The order of the nodes in the graph does not matter, only
+names and edges do: so fusing before regions are inserted and after gives the same groups.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from torch.fx import Node
 from .build import Kind
 from .dataflow import Dataflow
 from .lower import CONCATENATION, FREE, REDUCING, ROW_RESULT, Call, fusible
+from .meet import rows_meet, walked
 from .pointwise import POINTWISE
 from .reach import Reach, region_of
-from .views import is_view, keeps_rows, memory_order, product, row_dims, same, width_of
+from .shapes import memory_order, product, row_dims, same, width_of
+from .views import seen_as, seen_through
 
 MOST_OPERANDS = 40
+"""Inputs and outputs of a kernel. What needs more becomes several kernels."""
 MOST_MEMBERS = 160
 
 
@@ -34,11 +37,9 @@ class Group:
     nodes: tuple[Node, ...]
     """In an order that computes operands first."""
     kinds: Mapping[Node, Kind]
-    """How each member varies over rows and columns: full or row."""
-    views: frozenset[Node]
-    """Views of members that keep rows: an operand that is one of these is computed from its base."""
+    """How each member, and each view of one, varies over rows and columns: full or row."""
     hidden: frozenset[Node]
-    """Those of the views that nothing outside reads."""
+    """Views of members that nothing outside reads: they are gone with the group."""
     rows: tuple[Any, ...]
     """The row dimensions; sizes may be symbolic."""
     width: int
@@ -51,20 +52,6 @@ class Group:
         return f"{len(self.nodes)} ops over {self.rows} x {self.width}{where}: {', '.join(map(str, self.nodes))}"
 
 
-@dataclass(slots=True, eq=False)
-class _Growing:
-    rows: tuple[Any, ...]
-    width: int
-    region: str | None
-    members: dict[Node, Kind] = field(default_factory=dict[Node, Kind])
-    views: set[Node] = field(default_factory=set[Node])
-    mask: int = 0
-
-    def kind_of(self, node: Node) -> Kind:
-        """The kind of a member, or of a view of one."""
-        return self.members[_base(node, self.views)]
-
-
 def find_groups(flow: Dataflow, allowed: Callable[[Node], bool]) -> list[Group]:
     """The groups of a graph. `allowed` is the marker's word on a node."""
     finder = _Finder(flow, allowed)
@@ -73,139 +60,172 @@ def find_groups(flow: Dataflow, allowed: Callable[[Node], bool]) -> list[Group]:
     return finder.groups()
 
 
+@dataclass(slots=True, eq=False)
+class _Growing:
+    rows: tuple[Any, ...]
+    width: int
+    region: str | None
+    members: dict[Node, Call] = field(default_factory=dict[Node, Call])
+    kinds: dict[Node, Kind] = field(default_factory=dict[Node, Kind])  # of members and of views of them
+    mask: int = 0
+
+    def inputs(self) -> set[Node]:
+        return {a for call in self.members.values() for a in call.read() if a not in self.kinds}
+
+
 class _Finder:
     def __init__(self, flow: Dataflow, allowed: Callable[[Node], bool]) -> None:
         self.flow = flow
         self.allowed = allowed
-        self.group: dict[Node, _Growing] = {}
+        self.group: dict[Node, _Growing] = {}  # of members and of views of them
         self.all: list[_Growing] = []
         self.order = _canonical_order(flow)
         self.reach = Reach(flow)
 
     def visit(self, node: Node) -> None:
-        if is_view(node) and self._look_through(node):
+        source = seen_through(node)
+        if source is not None:
+            self._look_through(node, source)
             return
         if not self._may_fuse(node):
             return
-        for group in self._producers(node):
-            kind = self._fits(node, group)
-            if kind is not None and self._may_unite(group, 1 << self.flow.index[node], {node: kind}):
-                self._join(node, kind, group)
-                break
-        else:
-            domain = _domain(node)
-            if domain is None:
-                return
-            group = _Growing(*domain, region_of(node))
-            self.all.append(group)
-            self._join(node, _own_kind(node), group)
-        self._merge_producers(node, group)
+        call = Call.of(node)
+        home = next((group for group in self._producers(call) if self._takes(group, call)), None)
+        if home is None:
+            home = self._started(call)
+        if home is not None:
+            self._merge_producers(call, home)
 
     def _may_fuse(self, node: Node) -> bool:
-        position = self.flow.index[node]
-        settled = (self.flow.constants | self.flow.symbolic) >> position & 1
-        if settled or is_view(node) or node.target in FREE or not self.allowed(node):
+        settled = (self.flow.constants | self.flow.symbolic) >> self.flow.index[node] & 1
+        if settled or node.target in FREE or not fusible(node) or not self.allowed(node):
             return False
-        return fusible(node) and memory_order(node.meta["val"]) is not None
+        empty = any(same(size, 0) for size in walked(Call.of(node)))
+        return not empty and memory_order(node.meta["val"]) is not None
 
-    def _look_through(self, node: Node) -> bool:
-        base = node.args[0]
-        group = self.group.get(base) if isinstance(base, Node) else None
-        if group is None or region_of(node) != group.region:
-            return False
-        if not keeps_rows(node, per_row=group.kind_of(node.args[0]) is Kind.ROW):  # pyright: ignore
-            return False
-        group.views.add(node)
-        group.mask |= 1 << self.flow.index[node]
-        self.group[node] = group
-        self.reach.contract(group.mask, group.region)
-        return True
+    def _look_through(self, view: Node, source: Node) -> None:
+        group = self.group.get(source)
+        if group is None or region_of(view) != group.region:
+            return
+        kind = seen_as(view, group.kinds[source], product(group.rows))
+        mask = group.mask | 1 << self.flow.index[view]
+        if kind is not None and not self.reach.cyclic(mask, group.region):
+            group.kinds[view], group.mask, self.group[view] = kind, mask, group
+            self.reach.contract(mask, group.region)
 
-    def _producers(self, node: Node) -> list[_Growing]:
-        """Groups that compute operands of `node`, the youngest first."""
-        found = [self.group[a] for a in Call.of(node).read() if a in self.group]
+    def _producers(self, call: Call) -> list[_Growing]:
+        """Groups that compute operands of an op, the youngest first."""
+        found = [self.group[a] for a in call.read() if a in self.group]
         return sorted(dict.fromkeys(found), key=self.all.index, reverse=True)
 
-    def _join(self, node: Node, kind: Kind, group: _Growing) -> None:
-        group.members[node] = kind
-        group.mask |= 1 << self.flow.index[node]
-        self.group[node] = group
+    def _started(self, call: Call) -> _Growing | None:
+        """A new group, unless the op has no columns to walk, or their number is not known."""
+        domain = _domain(call)
+        if domain is None:
+            return None
+        group = _Growing(*domain, region_of(call.node))
+        self.all.append(group)
+        self._add(group, {call.node: call}, {call.node: _own_kind(call)}, 1 << self.flow.index[call.node])
+        return group
+
+    def _takes(self, group: _Growing, call: Call) -> bool:
+        """Let an op join a group, if it fits there."""
+        node = call.node
+        kind = self._fits(group, call) if region_of(node) == group.region else None
+        if kind is None or not self._may_unite(group, {node: call}, {node: kind}, 1 << self.flow.index[node]):
+            return False
         if kind is Kind.FULL:
             group.width = max(group.width, int(width_of(node.meta["val"])))
-        self.reach.contract(group.mask, group.region)
+        self._add(group, {node: call}, {node: kind}, 1 << self.flow.index[node])
+        return True
 
-    def _fits(self, node: Node, group: _Growing) -> Kind | None:
-        """The kind `node` would have in `group`, None where their domains differ."""
-        if region_of(node) != group.region:
-            return None
-        operands = [a for a in Call.of(node).read() if self.group.get(a) is group]
-        kinds = {group.kind_of(a) for a in operands}
-        domain = _domain(node)
+    def _fits(self, group: _Growing, call: Call) -> Kind | None:
+        """The kind an op would have in a group, None where their domains differ."""
+        domain, value = _domain(call), call.value
         if domain is not None and same(product(domain[0]), product(group.rows)):
-            width = domain[1]
-            widths = {width_of(a.meta["val"]) for a in operands if group.kind_of(a) is Kind.FULL}
-            if width == group.width or group.width == 1 or width in widths or node.target is CONCATENATION:
-                return _own_kind(node)
-            if width == 1 and kinds == {Kind.ROW}:
-                return Kind.ROW
-        value: Tensor = node.meta["val"]
-        one_per_row = same(product(tuple(value.shape)), product(group.rows))
-        if kinds == {Kind.ROW} and node.target in POINTWISE and one_per_row:
-            return Kind.ROW  # also without a last dimension of 1, as a reduction without keepdim leaves it
-        return None
+            full = (a for a in call.read() if self.group.get(a) is group and group.kinds[a] is Kind.FULL)
+            known = {1, group.width, *(width_of(a.meta["val"]) for a in full)}
+            if group.width == 1 or domain[1] in known or call.node.target is CONCATENATION:
+                return _own_kind(call)
+        # One value per row, also without a last dimension of 1, as a reduction without keepdim leaves it.
+        per_row = call.node.target in POINTWISE and same(product(value.shape), product(group.rows))
+        return Kind.ROW if per_row else None
 
-    def _merge_producers(self, node: Node, group: _Growing) -> None:
-        """Two groups that meet in a node become one, where their domains agree."""
-        for other in self._producers(node):
+    def _merge_producers(self, call: Call, group: _Growing) -> None:
+        """Groups that meet in an op become one, where their domains agree."""
+        for other in self._producers(call):
             alike = other.region == group.region and same(product(other.rows), product(group.rows))
             if other is group or not alike or len({group.width, other.width} - {1}) > 1:
                 continue
-            if not self._may_unite(group, other.mask, other.members):
-                continue
-            group.members |= other.members
-            group.views |= other.views
-            group.mask |= other.mask
-            group.width = max(group.width, other.width)
-            for member in (*other.members, *other.views):
-                self.group[member] = group
-            self.all.remove(other)
-            self.reach.contract(group.mask, group.region)
+            if self._may_unite(group, other.members, other.kinds, other.mask):
+                group.width = max(group.width, other.width)
+                self.all.remove(other)
+                self._add(group, other.members, other.kinds, other.mask)
 
-    def _may_unite(self, group: _Growing, mask: int, joining: Mapping[Node, Kind]) -> bool:
-        if len(group.members) + len(joining) > MOST_MEMBERS:
-            return False
-        united = group.mask | mask
-        if self._operands({**group.members, **joining}) > MOST_OPERANDS:
-            return False
-        return not self.reach.cyclic(united, group.region) and not self.reach.delays(united, group.region)
+    def _add(self, group: _Growing, members: Mapping[Node, Call], kinds: Mapping[Node, Kind], mask: int) -> None:
+        group.members |= members
+        group.kinds |= kinds
+        group.mask |= mask
+        self.group |= dict.fromkeys(kinds, group)
+        self.reach.contract(group.mask, group.region)
 
-    def _operands(self, members: Mapping[Node, Kind]) -> int:
-        inputs = {a for node in members for a in Call.of(node).read() if a not in members}
-        return len(inputs) + sum(any(user not in members for user in node.users) for node in members)
+    def _may_unite(
+        self, group: _Growing, members: Mapping[Node, Call], kinds: Mapping[Node, Kind], mask: int
+    ) -> bool:
+        united = _Growing(
+            group.rows, group.width, group.region, group.members | members, group.kinds | kinds, group.mask | mask
+        )
+        if len(united.members) > MOST_MEMBERS or len(united.inputs()) + len(self._read_outside(united)) > MOST_OPERANDS:
+            return False
+        rows = product(group.rows)
+        for node, call in united.members.items():
+            for a in call.read():
+                new = node in members or a in kinds
+                if new and a in united.kinds and not rows_meet(call, united.kinds[node], a, united.kinds[a], rows):
+                    return False
+        return not self.reach.cyclic(united.mask, group.region) and not self.reach.delays(united.mask, group.region)
+
+    def _read_outside(self, group: _Growing) -> list[Node]:
+        """Members that something outside reads, themselves or through a view."""
+        read = {a for a in group.kinds if any(user not in group.kinds for user in a.users)}
+        for view in [a for a in read if a not in group.members]:
+            source = seen_through(view)
+            while source is not None and source not in group.members:
+                source = seen_through(source)
+            assert source is not None
+            read.add(source)
+        return [node for node in group.members if node in read]
 
     def groups(self) -> list[Group]:
-        """The groups worth a kernel: those that replace at least two."""
+        """The groups worth a kernel: those that replace at least two nodes, and of which something is read."""
         ranks = {node: rank for rank, node in enumerate(self.order)}
         found: list[Group] = []
         for growing in self.all:
-            if len(growing.members) < 2:
+            outputs = self._read_outside(growing)
+            if len(growing.members) < 2 or not outputs:
                 continue
-            nodes = tuple(sorted(growing.members, key=ranks.__getitem__))
-            inside = growing.members.keys() | growing.views
-            outputs = tuple(node for node in nodes if _escapes(node, growing.views, inside))
             found.append(
                 Group(
-                    nodes=nodes,
-                    kinds=dict(growing.members),
-                    views=frozenset(growing.views),
-                    hidden=frozenset(v for v in growing.views if not _escapes(v, growing.views, inside)),
+                    nodes=tuple(sorted(growing.members, key=ranks.__getitem__)),
+                    kinds=growing.kinds,
+                    hidden=_hidden(growing),
                     rows=growing.rows,
                     width=growing.width,
                     region=growing.region,
-                    outputs=outputs,
+                    outputs=tuple(sorted(outputs, key=ranks.__getitem__)),
                 )
             )
         return found
+
+
+def _hidden(group: _Growing) -> frozenset[Node]:
+    """Views that nothing outside reads, not even through another view."""
+    views = [a for a in group.kinds if a not in group.members]
+    shown: set[Node] = set()
+    for view in reversed(views):  # a view of a view came later
+        if any(user not in group.kinds or user in shown for user in view.users):
+            shown.add(view)
+    return frozenset(views) - shown
 
 
 def _canonical_order(flow: Dataflow) -> list[Node]:
@@ -216,31 +236,16 @@ def _canonical_order(flow: Dataflow) -> list[Node]:
     return sorted(flow.nodes, key=lambda node: (depth[flow.index[node]], node.name))
 
 
-def _escapes(node: Node, views: set[Node], inside: Any) -> bool:
-    """Whether something outside the group reads a node, itself or through a view."""
-    return any(user not in inside or (user in views and _escapes(user, views, inside)) for user in node.users)
-
-
-def _base(node: Node, views: set[Node]) -> Node:
-    """The member a view stands for."""
-    while node in views:
-        node = node.args[0]  # pyright: ignore[reportAssignmentType]
-    return node
-
-
-def _domain(node: Node) -> tuple[tuple[Any, ...], int] | None:
+def _domain(call: Call) -> tuple[tuple[Any, ...], int] | None:
     """The rows and columns an op walks over; None where it has no columns to walk, or their number is not known."""
-    value: Tensor = node.meta["val"]
-    reduces = node.target in REDUCING
-    if reduces:
-        value = Call.of(node).source.meta["val"]
+    reduces = call.node.target in REDUCING
+    value: Tensor = call.source.meta["val"] if reduces else call.value
     width = width_of(value)
     if not isinstance(width, int) or (reduces and width == 1) or not value.dim():
         return None
     return row_dims(value), width
 
 
-def _own_kind(node: Node) -> Kind:
-    if node.target in ROW_RESULT:
-        return Kind.ROW
-    return Kind.ROW if width_of(node.meta["val"]) == 1 else Kind.FULL
+def _own_kind(call: Call) -> Kind:
+    per_row = call.node.target in ROW_RESULT or same(width_of(call.value), 1)
+    return Kind.ROW if per_row else Kind.FULL

@@ -1,6 +1,6 @@
 """A whole FX graph as an MLIR module, and back.
 
-Enters: a graph and its fusions (none is fine). Leaves: `GraphModuleText` - an MLIR module whose `@main` has one
+Enters: a graph and its fusions (none is fine). Leaves: a `Translation` - an MLIR module whose `@main` has one
 `func.call` per node and one per fusion - and, from it, an FX graph. Invariant: with no fusions the way there and back
 is the identity: names, targets, arguments with all their nesting, users, order and metadata.
 
@@ -10,9 +10,8 @@ beside the module under the node's name. Values that are no tensors travel as `n
 
 from __future__ import annotations
 
-import heapq
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,8 @@ from . import mlir
 from .body import MLIR_TYPE
 from .dataflow import Dataflow
 from .emit import Fusion
+from .sizes import Sizes
+from .steps import steps
 
 _OTHER_TYPES = {
     torch.float64: "f64",
@@ -51,56 +52,28 @@ class Translation:
     fusions: Mapping[str, Fusion]
 
     def __str__(self) -> str:
-        return str(self.module)
+        """The module, and behind it each kernel's own."""
+        kernels = {fusion.spec.name: fusion.spec.mlir for fusion in self.fusions.values()}
+        return "\n".join([str(self.module), *(f"// {name}\n{text}" for name, text in kernels.items())])
 
 
 def to_mlir(gm: GraphModule, fusions: Sequence[Fusion] = (), flow: Dataflow | None = None) -> Translation:
-    """The graph as a module: groups as calls of their kernels, every other node as a call of itself."""
-    nodes = list(gm.graph.nodes)
-    steps: list[Node | Fusion] = list(nodes)
-    if fusions:
-        steps = list(_contracted(flow or Dataflow.of(gm), fusions))
+    """The graph as a module: groups as calls of their kernels, every other node as a call of itself.
+
+    Raises LoweringError for a graph that is no graph: two nodes of one name, or nodes behind its output.
+    """
     writer = _Writer()
-    for step in steps:
+    for step in steps(flow or Dataflow.of(gm), fusions) if fusions else gm.graph.nodes:
         if isinstance(step, Node):
             writer.node(step)
         else:
             writer.fusion(step)
-    return Translation(mlir.parse(writer.text()), {node.name: node for node in nodes}, writer.fusions)
+    return Translation(mlir.parse(writer.text()), writer.nodes, writer.fusions)
 
 
 def to_fx(translation: Translation, owner: GraphModule) -> Graph:
-    """The module as a graph, every node made anew."""
+    """The module as a graph for `owner`, every node made anew."""
     return _Reader(translation, owner).graph()
-
-
-def _contracted(flow: Dataflow, fusions: Sequence[Fusion]) -> Iterator[Node | Fusion]:
-    """Nodes and fusions in an order the dataflow allows, as near to the graph's own as it can be."""
-    home = {node: fusion for fusion in fusions for node in (*fusion.group.nodes, *fusion.group.hidden)}
-    step_of: list[Node | Fusion] = [home.get(node, node) for node in flow.nodes]
-    place: dict[Node | Fusion, int] = {}
-    for position, step in enumerate(step_of):
-        place[step] = position  # a fusion stands where its last member stood
-    before: dict[Node | Fusion, set[Node | Fusion]] = {step: set() for step in place}
-    after: dict[Node | Fusion, list[Node | Fusion]] = {step: [] for step in place}
-    for position, step in enumerate(step_of):
-        for other in flow.predecessors[position]:
-            if step_of[other] is not step and step_of[other] not in before[step]:
-                before[step].add(step_of[other])
-                after[step_of[other]].append(step)
-    waiting = {step: len(others) for step, others in before.items()}
-    ready = [(place[step], step) for step, count in waiting.items() if not count]
-    heapq.heapify(ready)
-    done = 0
-    while ready:
-        _, step = heapq.heappop(ready)
-        done += 1
-        yield step
-        for other in after[step]:
-            waiting[other] -= 1
-            if not waiting[other]:
-                heapq.heappush(ready, (place[other], other))
-    assert done == len(place), "the groups wait for each other"
 
 
 def _operands(node: Node) -> list[Node]:
@@ -114,7 +87,7 @@ def _type(value: Any) -> str:
     match value:
         case Tensor():
             element = MLIR_TYPE.get(value.dtype) or _OTHER_TYPES.get(value.dtype)
-            if element is None or value.layout != torch.strided:
+            if element is None or value.layout != torch.strided or value.is_nested:
                 return "none"
             dims = "".join(f"{'?' if isinstance(size, torch.SymInt) else int(size)}x" for size in value.shape)
             return f"tensor<{dims}{element}>"
@@ -132,101 +105,138 @@ def _type(value: Any) -> str:
 
 class _Writer:
     def __init__(self) -> None:
-        self.types: dict[Node, str] = {}
-        self.names: dict[Node, str] = {}
+        self.nodes: dict[str, Node] = {}
+        self.fusions: dict[str, Fusion] = {}
+        self.values: dict[Node, tuple[str, str]] = {}  # the name and type of each node's value
         self.arguments: list[str] = []
         self.lines: list[str] = []
         self.declared: dict[tuple[str, str], str] = {}
-        self.kernels: dict[str, str] = {}
-        self.fusions: dict[str, Fusion] = {}
-        self.ends = ("", "")
+        self.ends: list[Node] | None = None
 
     def node(self, node: Node) -> None:
-        given = _operands(node)
+        if node.name in self.nodes or self.ends is not None:
+            raise mlir.LoweringError(
+                "this graph cannot be run as it is",
+                expected="node names that are unique, and the output last",
+                came=f"{node.format_node()}",
+            )
+        self.nodes[node.name] = node
         if node.op == "output":
-            self.ends = (", ".join(self.names[a] for a in given), ", ".join(self.types[a] for a in given))
+            self.ends = _operands(node)
             return
-        type = self.types[node] = _type(node.meta.get("val"))
-        name = self.names[node] = f"%{node.name}"
+        value = self._value(node)
         if node.op == "placeholder":
-            self.arguments.append(f'{name}: {type} {{fx.name = "{node.name}"}}')
+            # Inputs need not come first in a graph: `fx.place` is how many calls stand ahead of this one.
+            attributes = f"fx.name = {_quoted(node.name)}, fx.place = {len(self.lines)} : i64"
+            self.arguments.append(f"{value[0]}: {value[1]} {{{attributes}}}")
             return
         target = node.target if isinstance(node.target, str) else _target_name(node.target)
-        self._call(f"{node.op} {target}", given, [type], [name], f'fx.name = "{node.name}"')
+        self._call(f"{node.op} {target}", _operands(node), [node], f"fx.name = {_quoted(node.name)}")
 
     def fusion(self, fusion: Fusion) -> None:
         key = f"{fusion.spec.name}.{len(self.fusions)}"
         self.fusions[key] = fusion
-        self.kernels.setdefault(fusion.spec.name, fusion.spec.mlir)
         for node in fusion.group.outputs:
-            self.types[node], self.names[node] = _type(node.meta["val"]), f"%{node.name}"
-        results = [self.types[node] for node in fusion.group.outputs]
-        names = [self.names[node] for node in fusion.group.outputs]
-        self._call(f"fused {fusion.spec.name}", fusion.inputs, results, names, f'fx.fusion = "{key}"')
+            self._value(node)
+        self._call(f"fused {fusion.spec.name}", fusion.inputs, fusion.group.outputs, f"fx.fusion = {_quoted(key)}")
 
-    def _call(
-        self, target: str, given: Sequence[Node], types: Sequence[str], names: Sequence[str], attribute: str
-    ) -> None:
-        signature = f"({', '.join(self.types[a] for a in given)}) -> ({', '.join(types)})"
-        symbol = self.declared.setdefault((target, signature), f"{target} #{len(self.declared)}".replace('"', "'"))
-        operands = ", ".join(self.names[a] for a in given)
-        self.lines.append(f'{", ".join(names)} = func.call @"{symbol}"({operands}) {{{attribute}}} : {signature}')
+    def _value(self, node: Node) -> tuple[str, str]:
+        self.values[node] = f"%{len(self.values)}", _type(node.meta.get("val"))
+        return self.values[node]
+
+    def _names(self, nodes: Sequence[Node]) -> str:
+        return ", ".join(self.values[node][0] for node in nodes)
+
+    def _types(self, nodes: Sequence[Node]) -> str:
+        return ", ".join(self.values[node][1] for node in nodes)
+
+    def _call(self, target: str, given: Sequence[Node], results: Sequence[Node], attribute: str) -> None:
+        signature = f"({self._types(given)}) -> ({self._types(results)})"
+        symbol = self.declared.setdefault((target, signature), _quoted(f"{target} #{len(self.declared)}"))
+        call = f"func.call @{symbol}({self._names(given)}) {{{attribute}}} : {signature}"
+        self.lines.append(f"{self._names(results)} = {call}")
 
     def text(self) -> str:
-        results, types = self.ends
-        lines = [f"  func.func @main({', '.join(self.arguments)}) -> ({types}) {{"]
+        ends = self.ends or []
+        output = " attributes {fx.output}" if self.ends is not None else ""
+        lines = [f"  func.func @main({', '.join(self.arguments)}) -> ({self._types(ends)}){output} {{"]
         lines += [f"    {line}" for line in self.lines]
-        lines.append(f"    return {results} : {types}" if results else "    return")
+        lines.append(f"    return {self._names(ends)} : {self._types(ends)}" if ends else "    return")
         lines.append("  }")
-        lines += [f'  func.func private @"{symbol}"{sig}' for (_, sig), symbol in self.declared.items()]
+        lines += [f"  func.func private @{symbol}{signature}" for (_, signature), symbol in self.declared.items()]
         return "\n".join(["module {", *lines, "}"])
 
 
+def _quoted(text: str) -> str:
+    """An MLIR string literal; whatever is no plain printable character goes as hexadecimal bytes."""
+    plain = (c if c.isascii() and c.isprintable() and c not in '"\\' else None for c in text)
+    escaped = ("".join(f"\\{byte:02X}" for byte in c.encode()) for c in text)
+    return '"' + "".join(one or other for one, other in zip(plain, escaped, strict=True)) + '"'
+
+
 def _target_name(target: Any) -> str:
-    name = str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
-    return name.replace("\\", "/")
+    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
 
 
 class _Reader:
     def __init__(self, translation: Translation, owner: GraphModule) -> None:
+        old = owner.graph
         self.translation = translation
-        self.owner = owner
-        self.new = Graph(owner)
+        self.new = Graph(owner, old._tracer_cls, old._tracer_extras)
+        self.new.set_codegen(old._codegen)
+        self.new._co_fields = dict(old._co_fields)
+        # What is made besides must leave the names of nodes still to come alone.
+        self.reserved = self.new._graph_namespace._used_names
+        self.reserved.update(translation.nodes)
+        self.reserved.update(node.name for fusion in translation.fusions.values() for node in fusion.group.outputs)
         self.made: dict[Any, Node] = {}
+        self.sizes = Sizes(self.new)
 
     def graph(self) -> Graph:
         main = next(op.operation for op in self.translation.module.body.operations if _symbol(op) == "main")
         block = main.regions[0].blocks[0]
-        names = [attribute["fx.name"].value for attribute in main.attributes["arg_attrs"]] if block.arguments else []
-        for argument, name in zip(block.arguments, names, strict=True):
-            self.made[argument] = self._remade(self.translation.nodes[name], [])
-        for op in block.operations:
+        described = main.attributes["arg_attrs"] if len(block.arguments) else ()
+        inputs = [(facts["fx.place"].value, facts["fx.name"].value) for facts in described]
+        waiting = list(zip(block.arguments, inputs, strict=True))
+        for number, op in enumerate(block.operations):
+            while waiting and waiting[0][1][0] <= number:
+                argument, (_, name) = waiting.pop(0)
+                self.made[argument] = self._remade(self.translation.nodes[name], [])
             call = op.operation
             given = [self.made[operand] for operand in call.operands]
-            if call.name == "func.return":
-                output = next(node for node in self.translation.nodes.values() if node.op == "output")
-                self._remade(output, given)
-            elif "fx.fusion" in call.attributes:
+            if "fx.fusion" in call.attributes:
                 self._fused(self.translation.fusions[call.attributes["fx.fusion"].value], given, call.results)
-            else:
+            elif "fx.name" in call.attributes:
                 node = self.translation.nodes[call.attributes["fx.name"].value]
                 self.made[call.results[0]] = self._remade(node, given)
-        self.new.set_codegen(self.owner.graph._codegen)
+            elif "fx.output" in main.attributes:
+                output = next(node for node in self.translation.nodes.values() if node.op == "output")
+                self._remade(output, given)
         return self.new
 
     def _remade(self, node: Node, given: list[Node]) -> Node:
         """The same node, with `given` for the nodes among its arguments, in order."""
+        assert len(given) == len(_operands(node)), f"{node} lost or gained an operand on its way through MLIR"
         rest = iter(given)
         args, kwargs = map_arg((node.args, node.kwargs), lambda _: next(rest))
-        new = self.new.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+        return self._named(node, node.op, node.target, args, kwargs)
+
+    def _named(self, node: Node, op: str, target: Any, args: Any, kwargs: Any = None) -> Node:
+        """A new node under the name and with the metadata of `node`."""
+        self.reserved.discard(node.name)
+        new = self.new.create_node(op, target, args, kwargs, node.name, node.type)
+        if new.name != node.name:  # export names inputs as the model does, `input` and `max` too
+            new.name = node.name
+            self.new._graph_namespace._rename_object(new, node.name)
         new.meta = dict(node.meta)
+        self.sizes.see(new)
         return new
 
     def _fused(self, fusion: Fusion, given: list[Node], results: Any) -> None:
         """A call of the kernel, and under each member's own name the result that was that member's."""
         from .launch import operator as kernel_operator
 
-        sizes = [self._size(size) for size in fusion.sizes]
+        sizes = [self.sizes.node(size) for size in fusion.sizes]
         kernel = self.new.call_function(kernel_operator(fusion.spec), (given, sizes))
         members = fusion.group.nodes
         kernel.meta = {"val": [node.meta["val"] for node in fusion.group.outputs], "auxstream_fused": fusion.spec.name}
@@ -237,24 +247,7 @@ class _Reader:
         if fusion.group.region is not None:
             kernel.meta |= {"auxstream": fusion.group.region, "skip_mlir_fusion": True}
         for number, (node, result) in enumerate(zip(fusion.group.outputs, results, strict=True)):
-            element = self.new.create_node("call_function", operator.getitem, (kernel, number), {}, node.name)
-            element.meta = dict(node.meta)
-            self.made[result] = element
-
-    def _size(self, size: Any) -> Node:
-        """A node that holds a symbolic size: one there is, or the size of a dimension that has it."""
-        for node in self.new.nodes:
-            value = node.meta.get("val")
-            if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
-                return node
-        for node in list(self.new.nodes):
-            value = node.meta.get("val")
-            for dim, other in enumerate(value.shape if isinstance(value, Tensor) else ()):
-                if isinstance(other, torch.SymInt) and other.node.expr == size.node.expr:
-                    found = self.new.call_function(torch.ops.aten.sym_size.int, (node, dim))
-                    found.meta["val"] = size
-                    return found
-        raise mlir.LoweringError(f"no node of the graph has the size {size}")
+            self.made[result] = self._named(node, "call_function", operator.getitem, (kernel, number))
 
 
 def _symbol(op: Any) -> str:
