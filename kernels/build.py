@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from .body import MLIR_TYPE, Body, Scalar
+from .body import MLIR_TYPE, Body, Number, Scalar
 
 Reduction = Literal["sum", "amax", "amin"]
 NEUTRAL = {"sum": 0.0, "amax": float("-inf"), "amin": float("inf")}
@@ -81,10 +81,16 @@ class GroupBuilder:
         self.inputs.append(value)
         return value
 
-    def pointwise(self, compute: Callable[..., Scalar], operands: Sequence[Value], dtype: torch.dtype) -> Value:
+    def pointwise(
+        self,
+        compute: Callable[..., Scalar],
+        operands: Sequence[Value],
+        dtype: torch.dtype,
+        body: Body | None = None,
+    ) -> Value:
         """`compute(body, *scalars)` at every point of the operands' common domain, cast to `dtype`."""
         kind, width = domain_of(operands)
-        body = Body()
+        body = body or Body()
         scalars = [Scalar(f"%a{i}", MLIR_TYPE[operand.dtype]) for i, operand in enumerate(operands)]
         result = body.convert(compute(body, *scalars), MLIR_TYPE[dtype])
         return self._generic(kind, width, dtype, operands, body, result)
@@ -118,10 +124,8 @@ class GroupBuilder:
         if (start, width) == (0, operand.width):
             return operand
         out = Value(self._name(), operand.kind, width, operand.dtype)
-        if operand.kind is Kind.FULL:
-            where = f"[0, {start}] [%rows, {width}] [1, 1]"
-        else:
-            where = f"[{start}] [{width}] [1]"
+        full = operand.kind is Kind.FULL
+        where = f"[0, {start}] [%rows, {width}] [1, 1]" if full else f"[{start}] [{width}] [1]"
         self._lines.append(f"{out.name} = tensor.extract_slice {operand.name}{where} : {operand.type} to {out.type}")
         return out
 
@@ -156,29 +160,32 @@ class GroupBuilder:
         result = body.convert(compute(body, number), MLIR_TYPE[dtype])
         return self._generic(Kind.COL, width, dtype, [], body, result)
 
-    def constant(self, value: float | int | bool, dtype: torch.dtype) -> Value:
+    def constant(self, value: Number, dtype: torch.dtype) -> Value:
         """A scalar value."""
         body = Body()
         return self._generic(Kind.SCALAR, 1, dtype, [], body, body.constant(value, MLIR_TYPE[dtype]))
 
-    def gather(self, table: Value, index: Value, *, along: Literal["rows", "columns"]) -> Value:
-        """`table[index, :]` for an index per row, or `table[row, index]` for an index per row and column.
+    def gather(self, table: Value, index: Value, *, along: Literal["rows", "columns"], wraps: bool) -> Value:
+        """`table[index, :]` for an index per row, or `table[row, index]` for an index per point.
 
-        Negative indices count from the end.
+        A table that is a column value has one row. With `wraps`, negative indices count from the end.
         """
         body = Body()
-        index_type = MLIR_TYPE[index.dtype]
-        limit = table.rows if isinstance(table, Table) and along == "rows" else table.width
-        i = Scalar("%a0", index_type)
-        wrapped = body.add(i, body.constant(limit, index_type))
-        i = body.select(body.compare("lt", i, body.constant(0, index_type)), wrapped, i)
-        at = body.emit(f"arith.index_cast {i.name} : {index_type} to index", "index")
-        dim = 0 if along == "columns" else 1
-        walk = body.emit(f"linalg.index {dim} : index", "index")
-        where = f"{walk.name}, {at.name}" if along == "columns" else f"{at.name}, {walk.name}"
-        element = body.emit(f"tensor.extract {table.name}[{where}] : {table.type}", MLIR_TYPE[table.dtype])
-        width = index.width if along == "columns" else table.width
-        return self._generic(Kind.FULL, width, table.dtype, [index], body, element)
+        i, type = Scalar("%a0", MLIR_TYPE[index.dtype]), MLIR_TYPE[index.dtype]
+        if wraps:
+            limit = table.rows if isinstance(table, Table) else table.width
+            i = body.select(body.compare("lt", i, 0), body.add(i, limit), i)
+        at = body.emit(f"arith.index_cast {i.name} : {type} to index", "index")
+        kind, width = (index.kind, index.width) if along == "columns" else (Kind.FULL, table.width)
+        if along == "columns" and table.kind is Kind.FULL and kind in (Kind.COL, Kind.SCALAR):
+            kind = Kind.FULL
+        where = [at.name]
+        if along == "rows":
+            where.append(body.emit("linalg.index 1 : index", "index").name)
+        elif table.kind is Kind.FULL:
+            where.insert(0, body.emit("linalg.index 0 : index", "index").name)
+        element = body.emit(f"tensor.extract {table.name}[{', '.join(where)}] : {table.type}", MLIR_TYPE[table.dtype])
+        return self._generic(kind, width, table.dtype, [index], body, element)
 
     def finish(self, name: str, outputs: Sequence[Value]) -> str:
         """The function that returns `outputs`."""
@@ -221,7 +228,7 @@ class GroupBuilder:
         self._lines.append(f"{name} = tensor.empty({rows}) : {tensor_type(kind, width, dtype)}")
         return name
 
-    def _constant(self, value: float | int, dtype: torch.dtype) -> str:
+    def _constant(self, value: Number, dtype: torch.dtype) -> str:
         body = Body(prefix=f"%k{self._count}_")
         self._count += 1
         name = body.constant(value, MLIR_TYPE[dtype]).name
