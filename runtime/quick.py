@@ -63,7 +63,6 @@ class QuickRegion(Region):
         if (
             get_stream(CURRENT_DEVICE) != caller.ids
             or self.state is not _LEFT
-            or self.joined_by
             or wait_event(caller.cu, lane.done, 0)[0]
         ):
             return super().join()
@@ -72,9 +71,10 @@ class QuickRegion(Region):
                 tensor.record_stream(caller.torch_stream)
         except NotImplementedError:  # one of them is on no GPU: the general step asks each
             return super().join()
-        if not self.joined_by:  # see CudaMachine.join
-            self.joined_by = caller.joined
-            heappush(lane.pool.free, lane.index)
+        if self.joined_by:  # by another thread, meanwhile
+            return super().join()
+        self.joined_by = caller.joined  # with no call in between: see CudaMachine.join
+        heappush(lane.pool.free, lane.index)
         reads, versions = self.recorded, self._versions
         if versions is not None and versions != (reads[0]._version if len(reads) == 1 else versions_of(reads)):
             return super().join()

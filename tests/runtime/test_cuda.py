@@ -200,6 +200,108 @@ def test_regions_never_synchronise(work: Work) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_the_usual_region_takes_the_quick_form(work: Work) -> None:
+    region = fork("usual", work.x)
+    with region:
+        z = region.returns(work.x + 1)
+    region.join()
+    assert type(region).__name__ == "QuickRegion"
+    assert torch.equal(z, work.x + 1)
+
+
+def test_inference_tensors(work: Work) -> None:
+    with torch.inference_mode():
+        check(work, work.parallel, 4)
+
+
+def test_each_joining_stream_waits(work: Work) -> None:
+    other = torch.cuda.Stream()
+    work.ns.copy_(torch.tensor([0, LONG]))
+    region = fork("slow", work.x)
+    with region:
+        delay(work.ns, 1)
+        z = region.returns(work.x + 1)
+    with torch.cuda.stream(other):
+        region.join()
+        there = z * 2
+    region.join()
+    here = z * 2
+    torch.cuda.current_stream().wait_stream(other)
+    assert torch.equal(there, (work.x + 1) * 2)
+    assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("steps", ["all", "enter", "join"])
+def test_a_thread_s_first_use_of_cuda_is_a_region(work: Work, steps: str) -> None:
+    x, results, errors = work.x, [], []
+    region = fork("r", x) if steps != "all" else None
+    if region is not None and steps == "join":
+        with region:
+            results.append(region.returns(x + 1))
+
+    def first() -> None:
+        nonlocal region
+        try:
+            if region is None:
+                region = fork("r", x)
+            if steps != "join":
+                with region:
+                    results.append(region.returns(x + 1))
+            if steps != "enter":
+                region.join()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    thread.join(60)
+    assert not errors, errors
+    assert region is not None
+    region.join()
+    assert torch.equal(results[0], x + 1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("entered_there", [False, True])
+def test_entered_and_joined_under_another_device(work: Work, entered_there: bool) -> None:
+    far = torch.cuda.Stream(1)
+    with torch.cuda.stream(far):
+        torch.ones(1, device="cuda")
+    work.ns.copy_(torch.tensor([0, LONG]))
+    region = fork("slow", work.x)
+
+    def branch() -> Tensor:
+        with region:
+            assert torch.cuda.current_device() == 0
+            delay(work.ns, 1)
+            return region.returns(work.x + 1)
+
+    before = torch.cuda.current_stream(0)
+    with torch.cuda.device(1):
+        z = branch() if entered_there else None
+        assert torch.cuda.current_device() == 1
+        assert torch.cuda.current_stream(0) == before
+    z = branch() if z is None else z
+    with torch.cuda.device(1):
+        region.join()
+        moved = z.to("cuda:1")
+    assert torch.equal(moved.cpu(), (work.x + 1).cpu())
+    assert torch.equal(z, work.x + 1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_forked_under_another_device(work: Work) -> None:
+    with torch.cuda.device(1):
+        x = torch.randn(512, device="cuda")
+        region = fork("far", x)
+        with region:
+            z = region.returns(x + 1)
+        region.join()
+        assert torch.equal(z, x + 1)
+        with pytest.raises(RegionError, match="current device"):
+            fork("mixed", work.x)
+
+
 def test_threads_beside_captures(work: Work) -> None:
     errors: list[BaseException] = []
     warm = threading.Barrier(4)  # a library handle made in mid-capture would invalidate it, whatever we do

@@ -181,6 +181,12 @@ def inference_tensors(cuda: FakeCuda) -> None:
             region.join()
 
 
+def an_inference_tensor_outside_of_its_mode(cuda: FakeCuda) -> None:
+    with torch.inference_mode():
+        x = cuda.tensor()
+    finish(fork("r", x))
+
+
 def an_inference_tensor_among_others(cuda: FakeCuda) -> None:
     with torch.inference_mode():
         x = cuda.tensor()
@@ -243,6 +249,7 @@ SCENARIOS: tuple[tuple[Callable[[FakeCuda], None], type[BaseException] | None], 
     (undeclared_write, UndeclaredAccessError),
     (undeclared_write_of_several, UndeclaredAccessError),
     (inference_tensors, None),
+    (an_inference_tensor_outside_of_its_mode, None),
     (an_inference_tensor_among_others, UndeclaredAccessError),
     (a_tensor_of_another_device, RegionError),
     (a_tensor_of_the_cpu_beside_one_of_the_gpu, RegionError),
