@@ -3,8 +3,8 @@
     python -m auxstream.bench.handoff [--json PATH]
 
 Measures: host time to enqueue fork + one small kernel + join, per iteration, for each way of writing it; device time
-per region inside a captured graph against straight-line kernels. Does not measure: overlap, the allocator's work when
-a recorded block is freed, contention with other threads. Needs a GPU.
+per region inside a captured graph against straight-line kernels; on how many streams a replay runs. Does not measure:
+overlap, the allocator's work when a recorded block is freed, contention with other threads. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..runtime import driver
 from ..runtime.errors import AuxstreamError
 from ..runtime.regions import fork, open_region
 from .harness import device_time, interleave, write
+from .replay_streams import streams_used
 
 BATCH = 100
 """Iterations per host sample: few enough that the launch queue never fills and blocks the host."""
@@ -42,6 +43,10 @@ def host_variants(x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
 
     def kernel() -> None:
         torch.mul(x, 2, out=y)
+
+    side_ids = side.stream_id, side.device_index, side.device_type
+    caller_ids = caller.stream_id, caller.device_index, caller.device_type
+    event_record, event_wait = torch._C._CudaEventBase.record, torch._C._CudaEventBase.wait
 
     def torch_events(recorded: bool) -> Callable[[], None]:
         def run() -> None:
@@ -69,6 +74,17 @@ def host_variants(x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
         caller.wait_event(joined)
         y.record_stream(caller)
 
+    def torch_event_calls_set_stream() -> None:
+        event_record(forked, caller)
+        x.record_stream(side)
+        event_wait(forked, side)
+        set_stream(*side_ids)
+        kernel()
+        event_record(joined, side)
+        set_stream(*caller_ids)
+        event_wait(joined, caller)
+        y.record_stream(caller)
+
     def raw_driver() -> None:
         record(driver_fork, cu_caller)
         wait(cu_side, driver_fork, 0)
@@ -77,6 +93,17 @@ def host_variants(x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
         record(driver_join, cu_side)
         switch(caller)
         wait(cu_caller, driver_join, 0)
+
+    def raw_driver_recorded() -> None:
+        record(driver_fork, cu_caller)
+        x.record_stream(side)
+        wait(cu_side, driver_fork, 0)
+        set_stream(*side_ids)
+        kernel()
+        record(driver_join, cu_side)
+        set_stream(*caller_ids)
+        wait(cu_caller, driver_join, 0)
+        y.record_stream(caller)
 
     def synchronize_both_ways() -> None:
         torch.cuda.current_stream().synchronize()
@@ -100,6 +127,8 @@ def host_variants(x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
     return {
         "kernel alone": kernel,
         "raw driver calls, nothing recorded": raw_driver,
+        "raw driver calls, both recorded": raw_driver_recorded,
+        "torch's bare event calls, both recorded": torch_event_calls_set_stream,
         "auxstream region, lifetimes by construction": region_held,
         "auxstream region, read and result recorded": region,
         "torch events + set_stream, both recorded": torch_events_set_stream,
@@ -152,6 +181,48 @@ def graph_variants(regions: int) -> dict[str, Callable[[], float]]:
     }
 
 
+def replay_streams(regions: int) -> dict[str, dict[str, int]]:
+    """On how many streams a replay of so many regions runs, and on how many it was captured."""
+    x = torch.zeros(256, device="cuda")
+    streams_used(lambda: x * 2)  # the profiler attaches before anything is captured
+    side = torch.cuda.Stream()
+    kept: list[Tensor] = []  # by hand, nothing else keeps the graph's memory from being used twice
+
+    def in_regions(h: Tensor) -> Tensor:
+        branch = fork("bench", h)
+        left = h * 2
+        with branch:
+            right = branch.returns(h + 1)
+        branch.join()
+        return left + right
+
+    def by_hand(h: Tensor, aux_first: bool) -> Tensor:
+        caller = torch.cuda.current_stream()
+        side.wait_stream(caller)
+        left = None if aux_first else h * 2
+        with torch.cuda.stream(side):
+            right = h + 1
+        left = h * 2 if left is None else left
+        caller.wait_stream(side)
+        kept.extend((h, left, right))
+        return left + right
+
+    def chain(step: Callable[[Tensor], Tensor]) -> None:
+        h = x
+        for _ in range(regions):
+            h = step(h)
+
+    with graph("bench") as g:
+        chain(in_regions)
+    found = {"auxstream regions": {"streams": len(streams_used(g.replay)), "captured": len(g.program.stream_names)}}
+    for name, aux_first in (("by hand, caller first", False), ("by hand, aux first", True)):
+        raw = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(raw):
+            chain(lambda h, aux_first=aux_first: by_hand(h, aux_first))
+        found[name] = {"streams": len(streams_used(raw.replay)), "captured": 2}
+    return found
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the figures here")
@@ -182,6 +253,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     results["fork and join in a graph"] = {"median": added, "unit": "us"}
     print(f"  fork and join add to a kernel: {added:.2f} us")
+    print("streams used by a replay of 30 regions, and streams it was captured on (lanes declared, and the caller)")
+    results["streams used by a replay"] = counted = replay_streams(30)
+    for name, count in counted.items():
+        print(f"  {name:48} {count['streams']:8d} {count['captured']:8d}")
     write(options.json, "handoff", results)
     return results
 
