@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import gc
 import threading
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from ..runtime import driver
 from ..runtime.errors import CaptureError
 from ..runtime.lanes import LanePool
 
@@ -79,8 +81,9 @@ class CudaCapture:
                 came="a nested one",
                 remedy="use regions (auxstream.fork) alone inside your own torch.cuda.graph",
             )
-        self._pool = self._shared_pool if self._shared_pool is not None else torch.cuda.graph_pool_handle()
-        self._generator = torch.cuda.default_generators[self._device]
+        if self._given_stream is not None:
+            self._refuse(self._given_stream)
+        pool = self._shared_pool if self._shared_pool is not None else torch.cuda.graph_pool_handle()
         self._outer_device = torch.cuda.current_device()
         torch.cuda.set_device(self._device)
         self._caller = torch.cuda.current_stream()
@@ -92,13 +95,15 @@ class CudaCapture:
         stream.wait_stream(self._caller)
         self._reserved_before = torch.cuda.memory_reserved(self._device)
         self._stream = stream
-        self._rng = self._generator.clone_state()
+        generator = torch.cuda.default_generators[self._device]
+        rng = generator.clone_state()
         self._collecting = gc.isenabled()
         gc.disable()  # a collection in mid-capture would free blocks at moments that differ from run to run
         torch.cuda.set_stream(stream)
         try:
-            self._graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            self._graph.capture_begin(pool, capture_error_mode="thread_local")
         except BaseException:
+            generator.graphsafe_set_state(rng)  # a state that no graph has marked as capturing
             self._restore()
             raise
         return self
@@ -108,7 +113,7 @@ class CudaCapture:
         try:
             self._graph.capture_end()
         except BaseException as end_error:
-            self._forget()
+            self._end_anyway()
             if error is None:
                 raise CaptureError(
                     "CUDA could not end the capture",
@@ -122,12 +127,26 @@ class CudaCapture:
             self._restore()
         self.reserved = torch.cuda.memory_reserved(self._device) - self._reserved_before
 
-    def _forget(self) -> None:
-        """`capture_end` raised half-way: stop routing allocations into the pool, let go of it, and give the default
-        generator a state that no graph has marked as capturing."""
-        torch._C._cuda_endAllocateToPool(self._device, self._pool)
-        torch._C._cuda_releasePool(self._device, self._pool)
-        self._generator.graphsafe_set_state(self._rng)
+    def _refuse(self, stream: torch.cuda.Stream) -> None:
+        default = torch.cuda.default_stream(self._device)
+        if stream.device.index != self._device or stream == default:
+            raise CaptureError(
+                f"this stream cannot capture on cuda:{self._device}",
+                expected="a stream of that device, and not its default one",
+                came="the default stream" if stream == default else f"a stream of {stream.device}",
+                remedy="pass stream=torch.cuda.Stream(...), or leave it out",
+            )
+
+    def _end_anyway(self) -> None:
+        """`capture_end` raised, and torch's allocators and generator still believe in the capture, for good: the pool
+        could not be captured into again. An empty capture on the same stream lets `capture_end` go its whole way."""
+        stream = driver.cuda.CUstream(self._stream.cuda_stream)
+        mode = driver.cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        driver.call(driver.cuda.cuStreamBeginCapture(stream, mode), "ending a capture that failed")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the graph is empty
+            self._graph.capture_end()
+        self._graph.reset()
 
     def _restore(self) -> None:
         torch.cuda.set_stream(self._caller)

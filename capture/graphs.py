@@ -122,6 +122,13 @@ class SimulatedGraph(CapturedGraph):
 
     def replay(self) -> None:
         simulation = self.simulation
+        if isinstance(thread_state.machine, RecordingMachine):
+            raise CaptureError(
+                f"graph {self.name!r} is replayed inside a capture",
+                expected="replays between captures: CUDA captures no launch of another graph either",
+                came="one while this thread records",
+                remedy="run the work itself in the outer block, or replay one graph after the other",
+            )
         hazards = tuple(race.hazard for race in self.report.races)
         order = simulation.orders.adversarial(self.replays, hazards)
         self.replays += 1
@@ -206,11 +213,12 @@ def graph(
     chosen = (
         torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
-    if chosen.type != "cpu" and not (chosen.type == "cuda" and torch.cuda.is_available()):
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.type != "cpu" and not (chosen.type == "cuda" and (chosen.index or 0) < devices):
         raise CaptureError(
             f"graph {name!r} cannot capture on device {str(chosen)!r}",
             expected="a CUDA device of this machine, or 'cpu' for the simulated machine",
-            came=f"{str(chosen)!r}, where torch.cuda.is_available() is {torch.cuda.is_available()}",
+            came=f"{str(chosen)!r}, on a machine with {devices} usable CUDA device(s)",
             remedy="leave `device` out: the GPU if there is one, else the simulated machine",
         )
     if isinstance(thread_state.machine, RecordingMachine):

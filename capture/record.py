@@ -36,6 +36,7 @@ _OVERWRITES: Final = frozenset(
 )
 
 _aten: Final = torch.ops.aten
+_COPIES: Final = (_aten.copy_.default, _aten._to_copy.default)
 
 # Writing through a mask counts its elements on the host, unless one value goes everywhere.
 _MASKED_WRITES: Final = frozenset({_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default})
@@ -346,22 +347,31 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         if _reads_values(func, args) and any(tensor.device.type == self.device_type for tensor in tensors):
             raise host_read(str(func))
-        if self.device_type == "cpu":
-            return
         device = kwargs.get("device")
-        to_host = device is not None and torch.device(device).type == "cpu"
+        target = None if device is None else torch.device(device).type
         on_gpu = any(tensor.is_cuda for tensor in tensors)
-        if on_gpu and to_host:
-            raise host_read(str(func))
-        to_gpu = on_gpu or (device is not None and torch.device(device).type == "cuda")
-        if not to_gpu:
+        if self.device_type == "cpu":
+            if on_gpu or target == "cuda":
+                raise CaptureError(
+                    f"{func} works on the GPU inside a capture of the simulated machine, at {source_line()}",
+                    expected="CPU tensors",
+                    came="CUDA tensors, whose work would not be replayed",
+                    remedy="capture with device='cuda', or move them to the CPU",
+                )
             return
+        if on_gpu and target == "cpu":
+            raise host_read(str(func))
+        if not (on_gpu or target == "cuda"):
+            return
+        copies = func in _COPIES
         for tensor in tensors:
-            if tensor.device.type == "cpu" and tensor.dim() > 0 and not tensor.is_pinned():
+            if tensor.device.type != "cpu" or (tensor.dim() == 0 and not copies):  # a number is read at the call
+                continue
+            if not tensor.is_pinned() or (copies and not (kwargs.get("non_blocking") or args[2:3] == (True,))):
                 raise CaptureError(
                     f"{func} uses a CPU tensor of shape {tuple(tensor.shape)} inside a GPU capture, at {source_line()}",
-                    expected="tensors on the GPU, or pinned host memory",
-                    came="pageable host memory, which a graph cannot copy from",
+                    expected="tensors on the GPU, or pinned host memory, copied with non_blocking=True",
+                    came="pinned memory, and the host would wait" if tensor.is_pinned() else "pageable host memory",
                     remedy="move it to the GPU before the capture, and copy new values into it between replays",
                 )
 

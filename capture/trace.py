@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from ..kernels.dataflow import Dataflow
 from ..runtime.errors import AuxstreamError, TraceError
+from ..runtime.machine import INLINE, using_machine
 
 # Checks that export leaves behind. They compute nothing the graph needs, and an assertion on the device is a kernel.
 _CHECKS = (
@@ -66,13 +67,14 @@ class TracedGraph:
 
 def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> TracedGraph:
     """Trace `model(*args, **kwargs)` without running it on values. Shapes are static. No other thread may run modules
-    meanwhile: `torch.export` patches `nn.Module` for the whole process.
+    meanwhile: `torch.export` patches `nn.Module` for the whole process. Regions written by hand in the model leave no
+    mark: their work is traced as if on one stream.
 
     Raises TraceError for control flow that depends on values, for values that become shapes, and for whatever else
     keeps `torch.export` from making one graph.
     """
     arguments, keywords = tuple(args), dict(kwargs or {})
-    with torch.no_grad(), _attributes_kept(model):
+    with torch.no_grad(), using_machine(INLINE), _attributes_kept(model):
         program = _exported(model, arguments, keywords)
         gm = _module_of(program)
     _strip_checks(gm)

@@ -292,7 +292,9 @@ def test_each_warm_up_run_starts_from_the_same_state() -> None:
             return self.cache * 2
 
     model = Counts()
-    fast = auxstream.compile(model, (torch.ones(1, 4, device="cuda"),), options=auxstream.Options(warmup=3))
+    fast = auxstream.compile(
+        model, (torch.ones(1, 4, device="cuda"),), options=auxstream.Options(False, False, warmup=3)
+    )
     assert model.position.item() == 7
     out = fast(torch.full((1, 4), 2.0, device="cuda"))
     assert out[7].tolist() == [4.0] * 4

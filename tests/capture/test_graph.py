@@ -80,6 +80,19 @@ def test_captures_do_not_nest() -> None:
     assert out.tolist() == [2.0, 2.0]
 
 
+def test_no_replay_inside_a_capture() -> None:
+    x = torch.ones(2)
+    with auxstream.graph("inner", device="cpu") as inner:
+        x * 2
+    with auxstream.graph("outer", device="cpu") as outer:
+        with pytest.raises(CaptureError, match="'inner' is replayed inside a capture"):
+            inner.replay()
+        out = x + 1
+    inner.replay()
+    outer.replay()
+    assert out.tolist() == [2.0, 2.0]
+
+
 def test_one_after_another_over_the_same_tensors() -> None:
     x = torch.zeros(2)
     graphs = []

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import auxstream
 from auxstream.capture.trace import trace
 from auxstream.runtime.errors import TraceError
 
@@ -128,6 +129,25 @@ def test_tensors_that_are_plain_attributes_are_as_before_and_the_graph_writes_th
     assert model.count.tolist() == model.rows[0].tolist() == [0.0, 0.0]
     assert traced.graph_module(torch.ones(2)).tolist() == [2.0, 2.0]
     assert model.count.tolist() == model.rows[0].tolist() == [1.0, 1.0]
+
+
+class ForksByHand(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with auxstream.aux_region("by_hand", x) as region:
+            y = region.returns(x + 1)
+        region.join()
+        return x * y
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_regions_by_hand_leave_no_mark(device: str) -> None:
+    x = torch.randn(4, device=device)
+    gm = trace(ForksByHand(), (x,)).graph_module
+    assert [str(node.target) for node in gm.graph.nodes if node.op == "call_function"] == [
+        "aten.add.Tensor",
+        "aten.mul.Tensor",
+    ]
+    assert torch.equal(gm(x), x * (x + 1))
 
 
 class EntersAutocast(nn.Module):
