@@ -18,11 +18,16 @@ from torch.fx import Node
 
 from . import mlir
 from .build import GroupBuilder, Kind, Value
+from .call import Call
+from .free import free_value
 from .grouping import Group
-from .lower import Call, lower
-from .meet import Meeting, meeting
+from .lower import lower
+from .meet import use_of
+from .pointwise import POINTWISE
+from .rowwise import CONCATENATION
 from .shapes import memory_order, product, same, width_of
 from .spec import Dim, KernelSpec, Operand, Result, Shape, Size
+from .use import Use
 from .views import column_slice, seen_through
 
 
@@ -74,7 +79,8 @@ class _Emitter:
     def _operand(self, user: Call, node: Node) -> Value:
         """The value of `node` as `user` reads it."""
         if node not in self.group.kinds:
-            return self._input(node, meeting(user, self.group.kinds[user.node], node, self.rows))
+            free = self._written_down(user, node) if node in self.group.free else None
+            return free or self._input(node, use_of(user, self.group.kinds[user.node], node, self.rows))
         if node not in self.values:
             source = seen_through(node)
             assert source is not None, f"{node} is read before it is computed"
@@ -83,12 +89,24 @@ class _Emitter:
             self.values[node] = self._as(value, self.group.kinds[node], width_of(node.meta["val"]))
         return self.values[node]
 
-    def _input(self, node: Node, met: Meeting) -> Value:
-        operand = Operand(node.meta["val"].dtype, self._shape(met.used), met.role)
-        key = (node, operand, met.kind)
+    def _written_down(self, user: Call, node: Node) -> Value | None:
+        """The value of a free node, where its user can take it: a range only over columns."""
+        if user.node.target is CONCATENATION:
+            return free_value(self.builder, node, width_of(node.meta["val"]))
+        if user.node.target not in POINTWISE:
+            return None
+        over_columns = self.group.kinds[user.node] is Kind.FULL
+        return free_value(self.builder, node, width_of(user.value) if over_columns else None)
+
+    def _input(self, node: Node, use: Use) -> Value:
+        operand = Operand(node.meta["val"].dtype, self._shape(use.shape), use.role)
+        key = (node, operand, use.kind)
         if key not in self.given:
-            width = int(met.used[-1]) if met.kind in (Kind.FULL, Kind.COL) else 1
-            self.given[key] = self.builder.input(met.kind, width, operand.dtype)
+            width = int(use.shape[-1]) if use.kind in (Kind.FULL, Kind.COL) else 1
+            if use.role == "table":
+                self.given[key] = self.builder.table(int(use.shape[0]), width, operand.dtype)
+            else:
+                self.given[key] = self.builder.input(use.kind, width, operand.dtype)
             self.operands.append(operand)
             self.inputs.append(node)
         return self.given[key]

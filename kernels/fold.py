@@ -8,6 +8,8 @@ The fold is of the parameters as they are: change one later and the graph must b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -19,15 +21,15 @@ MOST_BYTES = 64 << 20
 """A folded value may take this much memory; a larger one is computed in every step."""
 
 
-def fold_constants(gm: GraphModule) -> int:
-    """Fold `gm` in place; returns how many values became buffers."""
+def fold_constants(gm: GraphModule, keep: Callable[[Node], bool] = lambda node: False) -> int:
+    """Fold `gm` in place; returns how many values became buffers. What `keep` names is left as it is."""
     flow = Dataflow.of(gm)
     constant = {node for node in flow.select(flow.constants) if node.op in ("get_attr", "call_function")}
     computed = {node for node in constant if not _is_view_of_attribute(node, flow)}
     values: dict[Node, object] = {}
     folded = 0
     for node in list(gm.graph.nodes):
-        if node not in computed or all(user in computed for user in node.users):
+        if node not in computed or keep(node) or all(user in computed for user in node.users):
             continue
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or _size(value) > MOST_BYTES:

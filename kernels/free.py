@@ -16,6 +16,7 @@ from torch.fx import Node
 from .body import MLIR_TYPE, Number
 from .build import GroupBuilder, Value
 from .call import Call, aten
+from .views import seen_through
 
 _FILLED: Final[dict[Any, Number | None]] = {
     aten.zeros.default: 0,
@@ -61,8 +62,6 @@ def free_value(builder: GroupBuilder, node: Node, width: Any) -> Value | None:
 
 
 def _origin(node: Node) -> Node:
-    from .views import seen_through
-
     source = seen_through(node)
     return node if source is None else _origin(source)
 

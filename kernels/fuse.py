@@ -17,6 +17,7 @@ from ..runtime.settings import Safety, SafetyRules
 from .dataflow import Dataflow
 from .emit import Fusion, emit
 from .fold import fold_constants
+from .free import is_free
 from .grouping import find_groups
 from .local import functionalise_locals
 from .module import to_fx, to_mlir
@@ -72,13 +73,14 @@ def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = (), trial: bool = T
         _refuse_unmarked(gm)
         safety = fusion_safety(regions_of(gm), safe)
         functionalise_locals(gm)
-        folded = fold_constants(gm)
+        folded = fold_constants(gm, keep=is_free)
         flow = Dataflow.of(gm)
         groups = find_groups(flow, lambda node: _allowed(node, safety, trial))
         fusions = tuple(emit(group) for group in groups)
         translation = to_mlir(gm, fusions, flow)
         gm.graph = to_fx(translation, gm)
         gm.graph.eliminate_dead_code()
+        folded += fold_constants(gm)  # what is free and still read by something else than a kernel
         gm.graph.lint()
         gm.recompile()
     return FusionReport(fusions, safety, folded, str(translation))

@@ -17,11 +17,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from .build import Kind
+from .call import Call
 from .dataflow import Dataflow
-from .lower import CONCATENATION, FREE, REDUCING, ROW_RESULT, Call, fusible
+from .free import FREE, is_free
+from .lower import fusible
 from .meet import rows_meet, walked
 from .pointwise import POINTWISE
 from .reach import Reach, region_of
+from .rowwise import CONCATENATION, REDUCING, ROW_RESULT
 from .shapes import memory_order, product, row_dims, same, width_of
 from .views import seen_as, seen_through
 
@@ -40,6 +43,8 @@ class Group:
     """How each member, and each view of one, varies over rows and columns: full or row."""
     hidden: frozenset[Node]
     """Views of members that nothing outside reads: they are gone with the group."""
+    free: frozenset[Node]
+    """Inputs that need not be read: constants and ranges that nothing writes to."""
     rows: tuple[Any, ...]
     """The row dimensions; sizes may be symbolic."""
     width: int
@@ -196,19 +201,23 @@ class _Finder:
             read.add(source)
         return [node for node in group.members if node in read]
 
+    def _free(self, group: _Growing) -> frozenset[Node]:
+        return frozenset(a for a in group.inputs() if self.flow.constants >> self.flow.index[a] & 1 and is_free(a))
+
     def groups(self) -> list[Group]:
         """The groups worth a kernel: those that replace at least two nodes, and of which something is read."""
         ranks = {node: rank for rank, node in enumerate(self.order)}
         found: list[Group] = []
         for growing in self.all:
-            outputs = self._read_outside(growing)
-            if len(growing.members) < 2 or not outputs:
+            outputs, free = self._read_outside(growing), self._free(growing)
+            if len(growing.members) < 2 or not outputs or not growing.inputs() - free:
                 continue
             found.append(
                 Group(
                     nodes=tuple(sorted(growing.members, key=ranks.__getitem__)),
                     kinds=growing.kinds,
                     hidden=_hidden(growing),
+                    free=free,
                     rows=growing.rows,
                     width=growing.width,
                     region=growing.region,

@@ -197,7 +197,7 @@ class FusedKernel:
         count = len(self.spec.inputs)
         accesses = tuple(found.access for found in layouts)
         kernel = self._kernel(variant.form, accesses[:count], accesses[count:])
-        options: dict[str, Any] = {"BLOCK": variant.block, "num_warps": variant.warps, "enable_fp_fusion": False}
+        options: dict[str, Any] = {"BLOCK": variant.block, "num_warps": variant.warps, **self._semantics}
         if variant.form == "flat":
             programs, numbers = -(-rows * width // variant.block), (rows * width,)
         else:
@@ -206,6 +206,13 @@ class FusedKernel:
             programs *= -(-width // variant.block) if variant.form == "blocks" else 1
             numbers = (rows, *(number for found in layouts for number in found.numbers))
         return _Launch(kernel, (programs,), numbers, options, copied)
+
+    @property
+    def _semantics(self) -> dict[str, Any]:
+        """Options that decide what a kernel computes: eager's arithmetic, and its check of indices."""
+        arithmetic = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
+        checks = {"debug": True, "sanitize_overflow": False}
+        return arithmetic | checks if "tensor.extract " in self.spec.mlir else arithmetic
 
     def _kernel(self, form: Form, inputs: tuple[Access, ...], outputs: tuple[Access, ...]) -> Any:
         name = f"{self.spec.name}_{form}_{'_'.join(map(str, inputs))}__{'_'.join(map(str, outputs))}"

@@ -18,25 +18,12 @@ from .body import MLIR_TYPE, Number, Scalar, Term
 from .build import GroupBuilder, Value
 from .call import Call
 from .eager import EagerBody, Terms, common_dtype
-from .free import FREE
+from .gathers import GATHERS
 from .pointwise import CASTS, POINTWISE, attributes, positional
-from .rowwise import CONCATENATION, REDUCING, ROW_RESULT, ROWWISE, Rowwise
+from .rowwise import ROWWISE, Rowwise
 from .use import Operand
 
-__all__ = [
-    "BY_ROWS",
-    "CONCATENATION",
-    "FREE",
-    "REDUCING",
-    "ROWWISE",
-    "ROW_RESULT",
-    "Call",
-    "fusible",
-    "lower",
-    "terms_of",
-]
-
-BY_ROWS: Final[Mapping[Any, Rowwise]] = {**ROWWISE}
+BY_ROWS: Final[Mapping[Any, Rowwise]] = {**ROWWISE, **GATHERS}
 """Ops that need more than a formula."""
 
 

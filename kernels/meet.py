@@ -9,24 +9,18 @@ broadcasting aligns shapes at their last dimension, while rows are flattened lea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 
 from .build import Kind
-from .lower import CONCATENATION, REDUCING, ROWWISE, Call
+from .call import Call
+from .gathers import tables
+from .lower import BY_ROWS
+from .rowwise import CONCATENATION, REDUCING
 from .shapes import product, same, width_of
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """How a tensor from outside is read: its kind, the shape it is broadcast to, and what its last dimension is."""
-
-    kind: Kind
-    used: tuple[Any, ...]
-    role: Literal["columns", "rows"] = "columns"
+from .use import Use
 
 
 def walked(call: Call) -> tuple[Any, ...]:
@@ -41,12 +35,12 @@ def rows_meet(call: Call, reader: Kind, operand: Node, kind: Kind, rows: Any) ->
     `reader` and `kind` say how the two vary in a group of `rows` rows.
     """
     shape, wanted = tuple(operand.meta["val"].shape), walked(call)
-    if len(shape) > len(wanted):
+    if len(shape) > len(wanted) or operand in tables(call):
         return False
     shape = (1,) * (len(wanted) - len(shape)) + shape
     if call.node.target is CONCATENATION:
         return kind is Kind.FULL and _equal(shape[:-1], wanted[:-1])
-    if call.node.target in ROWWISE and kind is not Kind.FULL:
+    if call.node.target in BY_ROWS and kind is not Kind.FULL:
         return False
     if _equal(shape, wanted):
         return kind is Kind.FULL or reader is Kind.ROW
@@ -54,24 +48,23 @@ def rows_meet(call: Call, reader: Kind, operand: Node, kind: Kind, rows: Any) ->
     return per_row and _equal(shape[:-1], wanted[:-1])
 
 
-def meeting(call: Call, reader: Kind, operand: Node, rows: Any) -> Meeting:
+def use_of(call: Call, reader: Kind, operand: Node, rows: Any) -> Use:
     """How `operand`, from outside the group, is read by an op of kind `reader` in a group of `rows` rows."""
     value: Tensor = operand.meta["val"]
     shape, width = tuple(value.shape), width_of(value)
-    if call.node.target in ROWWISE:
-        weight = call.node.target in REDUCING and operand is not call.source
-        return Meeting(Kind.COL if weight else Kind.FULL, shape)
+    if call.node.target in BY_ROWS:
+        return BY_ROWS[call.node.target].use(call, operand)
     wanted = walked(call)
     if all(same(size, 1) for size in shape):
-        return Meeting(Kind.SCALAR, ())
+        return Use(Kind.SCALAR, ())
     if reader is Kind.ROW:
         kept = same(product(wanted[:-1]), rows) and same(wanted[-1], 1)
-        return Meeting(Kind.ROW, wanted, "columns" if kept else "rows")
+        return Use(Kind.ROW, wanted, "columns" if kept else "rows")
     if all(same(size, 1) for size in shape[:-1]) and (value.dim() == 1 or not same(rows, 1)):
-        return Meeting(Kind.COL, (width,))
+        return Use(Kind.COL, (width,))
     if same(width, 1):
-        return Meeting(Kind.ROW, (*wanted[:-1], 1))
-    return Meeting(Kind.FULL, wanted)
+        return Use(Kind.ROW, (*wanted[:-1], 1))
+    return Use(Kind.FULL, wanted)
 
 
 def _equal(one: Sequence[Any], other: Sequence[Any]) -> bool:

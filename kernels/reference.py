@@ -145,9 +145,7 @@ class _Evaluator:
         if op.name == "linalg.index":
             return self._index(op, generic)
         if op.name == "tensor.extract":
-            table, row, column = operands
-            row, column = row.clamp(0, table.shape[0] - 1), column.clamp(0, table.shape[1] - 1)
-            return table[row, column]
+            return _element(*operands)
         if op.name == "arith.cmpf":
             return _compare_floats(FLOAT_PREDICATES[int(op.attributes["predicate"])], *operands)
         if op.name == "arith.cmpi":
@@ -162,6 +160,15 @@ class _Evaluator:
         if shape[dim] == "?":
             return torch.arange(self.rows, device=self.device)[:, None]
         return torch.arange(int(shape[dim]), device=self.device)[None, :]
+
+
+def _element(table: Tensor, *at: Tensor) -> Tensor:
+    """`table[row, column]`; a table that is a column value has one row."""
+    row, column = at if len(at) == 2 else (torch.zeros_like(at[0]), at[0])
+    for index, size in zip((row, column), table.shape, strict=True):
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
+            raise IndexError(f"an index from {int(index.min())} to {int(index.max())} into a dimension of size {size}")
+    return table[row, column]
 
 
 def _compare_floats(kind: str, x: Tensor, y: Tensor) -> Tensor:

@@ -179,19 +179,24 @@ class Values:
         return " & ".join(checks)
 
     def _extracted(self, op: Any, names: dict[Any, str], point: Point) -> str:
-        """An element at a row and column computed in the body: of a value, or of a table in memory (outside of it,
-        undefined)."""
+        """An element at a row and column computed in the body: of a value, or of a table in memory. Outside of the
+        table there is none: an error where kernels check (see `launch`), else undefined."""
         source, *indices = op.operands
         if source not in self.arguments:  # `build.gather` walks columns as they are
             return self.at(source, replace(point, row=f"({self._name(indices[0], names)})"))
         name = self.arguments[source]
         access = self.accesses[name]
-        row, col = (self._name(index, names) for index in indices)
-        height, width = shape_of(source.type)
-        checks = [point.row_check, f"({row} >= 0)", f"({row} < {height})", f"({col} >= 0)", f"({col} < {width})"]
-        terms = [name, *_row_terms(name, access.levels, row), col if access.unit else f"{col} * {name}_c"]
-        result = self.fresh("x")
-        self.lines.append(f"{result} = tl.load({' + '.join(terms)}, mask={' & '.join(checks)})")
+        *rows, col = (self._name(index, names) for index in indices)  # a vector has no rows
+        terms = [name, *(term for row in rows for term in _row_terms(name, access.levels, row))]
+        terms.append(col if access.unit else f"{col} * {name}_c")
+        limits = zip((*rows, col), shape_of(source.type), strict=True)
+        known = [f"({at} >= 0) & ({at} < {size})" for at, size in limits if size != "?"]
+        result, legal, here = self.fresh("x"), self.fresh(), self.mask(op.parent.results[0].type, point)
+        self.lines += [
+            f"{legal} = {' & '.join(known)}",
+            f'tl.device_assert({legal}, "index out of range", mask={here})',
+            f"{result} = tl.load({' + '.join(terms)}, mask={legal} & {here})",
+        ]
         return result
 
     # --- scalars -----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ Operand = Callable[[Node], Value]
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One use. `shape` is what the tensor is broadcast to."""
+    """One use: how the tensor varies over the op's rows and columns, and the shape it is broadcast to."""
 
     kind: Kind
     shape: tuple[Any, ...]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .build import Kind
-from .lower import Call
+from .call import Call
 from .shapes import product, row_dims, same, width_of
 
 aten = torch.ops.aten
