@@ -30,7 +30,12 @@ def test_safe_rows_are_equal_and_controls_corrupt(tmp_path: Path, arguments: tup
     assert f"regions found: {arguments[1]} in {arguments[1]} layers" in done.stdout
     assert "n/a" in done.stdout
     written: dict[str, Any] = json.loads(figures.read_text())
-    rows = {(row["mode"], row["streams"], row["control"]): row for row in written["rows"]}
+    for fusion in {row["fusion"]: None for row in written["rows"]}:
+        check_rows([row for row in written["rows"] if row["fusion"] == fusion])
+
+
+def check_rows(listed: list[dict[str, Any]]) -> None:
+    rows = {(row["mode"], row["streams"], row["control"]): row for row in listed}
     safe = [(mode, streams, None) for streams in ("one", "aux") for mode in ("eager", "graph")]
     controls = [("graph", "aux", control) for control in ("fork wait", "join wait", "lifetime")]
     assert list(rows) == safe + controls
@@ -51,9 +56,9 @@ def test_safe_rows_are_equal_and_controls_corrupt(tmp_path: Path, arguments: tup
         (Row("graph", "aux", runs=4, equal=4), True),
         (Row("graph", "aux", runs=4, equal=3), False),
         (Row("graph", "aux"), False),
-        (Row("graph", "aux", "fork wait", runs=4, equal=1, checker="1 races"), True),
-        (Row("graph", "aux", "fork wait", runs=4, equal=2, checker="1 races"), False),
-        (Row("graph", "aux", "fork wait", runs=4, equal=0, checker="no race"), False),
+        (Row("graph", "aux", control="fork wait", runs=4, equal=1, checker="1 races"), True),
+        (Row("graph", "aux", control="fork wait", runs=4, equal=2, checker="1 races"), False),
+        (Row("graph", "aux", control="fork wait", runs=4, equal=0, checker="no race"), False),
     ],
 )
 def test_when_a_row_passes(row: Row, passed: bool) -> None:
