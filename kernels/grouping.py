@@ -57,12 +57,12 @@ class Group:
         return f"{len(self.nodes)} ops over {self.rows} x {self.width}{where}: {', '.join(map(str, self.nodes))}"
 
 
-def find_groups(flow: Dataflow, allowed: Callable[[Node], bool]) -> list[Group]:
-    """The groups of a graph. `allowed` is the marker's word on a node."""
+def find_groups(flow: Dataflow, allowed: Callable[[Node], bool], least: int = 2) -> list[Group]:
+    """The groups of a graph, of `least` members or more. `allowed` is the marker's word on a node."""
     finder = _Finder(flow, allowed)
     for node in finder.order:
         finder.visit(node)
-    return finder.groups()
+    return finder.groups(least)
 
 
 @dataclass(slots=True, eq=False)
@@ -204,13 +204,13 @@ class _Finder:
     def _free(self, group: _Growing) -> frozenset[Node]:
         return frozenset(a for a in group.inputs() if self.flow.constants >> self.flow.index[a] & 1 and is_free(a))
 
-    def groups(self) -> list[Group]:
-        """The groups worth a kernel: those that replace at least two nodes, and of which something is read."""
+    def groups(self, least: int) -> list[Group]:
+        """The groups worth a kernel: those that replace at least that many nodes, and of which something is read."""
         ranks = {node: rank for rank, node in enumerate(self.order)}
         found: list[Group] = []
         for growing in self.all:
             outputs, free = self._read_outside(growing), self._free(growing)
-            if len(growing.members) < 2 or not outputs or not growing.inputs() - free:
+            if len(growing.members) < least or not outputs or not growing.inputs() - free:
                 continue
             found.append(
                 Group(
