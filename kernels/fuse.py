@@ -25,6 +25,8 @@ from .reach import region_of, regions_of
 from .regions import lift_regions
 from .routing import MARKED, Weights, routings
 from .safety import fusion_safety
+from .slices import slice_parts
+from .unroll import unroll_row_sums
 
 
 class FusionError(AuxstreamError):
@@ -72,6 +74,8 @@ def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = (), trial: bool = T
     with lift_regions(gm):
         _refuse_unmarked(gm)
         safety = fusion_safety(regions_of(gm), safe)
+        slice_parts(gm)
+        unroll_row_sums(gm, lambda node: _allowed(node, safety, trial))
         functionalise_locals(gm)
         folded = fold_constants(gm, keep=is_free)
         flow = Dataflow.of(gm)

@@ -86,6 +86,18 @@ def _is_vector(call: Call) -> bool:
     return _table(call).meta["val"].dim() == 1
 
 
+def picks_elements(call: Call) -> bool:
+    """Whether each index picks one element of a vector."""
+    return call.node.target in (aten.index.Tensor, aten.index_select.default) and _is_vector(call)
+
+
+def index_of(call: Call) -> Node | None:
+    """The index of a call that picks rows; None for any other."""
+    target = call.node.target
+    rows = target is aten.embedding.default or (target in GATHERS and target is not aten.gather.default)
+    return _index(call) if rows and not picks_elements(call) else None
+
+
 def _by_shape_lower(builder: GroupBuilder, call: Call, operand: Operand) -> Value:
     return (_pick_elements if _is_vector(call) else _pick_rows)(builder, call, operand)
 

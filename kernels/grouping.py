@@ -20,9 +20,8 @@ from .build import Kind
 from .call import Call
 from .dataflow import Dataflow
 from .free import FREE, is_free
-from .lower import fusible
+from .lower import fusible, is_elementwise, launches_twice
 from .meet import rows_meet, walked
-from .pointwise import POINTWISE
 from .reach import Reach, region_of
 from .rowwise import CONCATENATION, REDUCING, ROW_RESULT
 from .shapes import memory_order, product, row_dims, same, width_of
@@ -58,7 +57,8 @@ class Group:
 
 
 def find_groups(flow: Dataflow, allowed: Callable[[Node], bool], least: int = 2) -> list[Group]:
-    """The groups of a graph, of `least` members or more. `allowed` is the marker's word on a node."""
+    """The groups of a graph, of `least` members or more, or of one that eager needs two kernels for. `allowed` is the
+    marker's word on a node."""
     finder = _Finder(flow, allowed)
     for node in finder.order:
         finder.visit(node)
@@ -76,6 +76,15 @@ class _Growing:
 
     def inputs(self) -> set[Node]:
         return {a for call in self.members.values() for a in call.read() if a not in self.kinds}
+
+    def turns(self, rows: Any) -> bool:
+        """Whether this is one row of `rows` elements, each on its own: it may as well be `rows` rows of one."""
+        alone = same(product(self.rows), 1) and self.width > 1 and same(self.width, rows)
+        return alone and set(self.kinds.values()) == {Kind.FULL} and all(map(is_elementwise, self.members.values()))
+
+    def turn(self) -> None:
+        self.rows, self.width = (self.width,), 1
+        self.kinds = dict.fromkeys(self.kinds, Kind.ROW)
 
 
 class _Finder:
@@ -112,7 +121,11 @@ class _Finder:
         group = self.group.get(source)
         if group is None or region_of(view) != group.region:
             return
-        kind = seen_as(view, group.kinds[source], product(group.rows))
+        before = group.kinds[source]
+        kind = seen_as(view, before, product(group.rows))
+        if kind is None and group.turns(group.width) and seen_as(view, Kind.ROW, group.width) is Kind.ROW:
+            group.turn()
+            kind = Kind.ROW
         mask = group.mask | 1 << self.flow.index[view]
         if kind is not None and not self.reach.cyclic(mask, group.region):
             group.kinds[view], group.mask, self.group[view] = kind, mask, group
@@ -134,9 +147,23 @@ class _Finder:
         return group
 
     def _takes(self, group: _Growing, call: Call) -> bool:
-        """Let an op join a group, if it fits there."""
-        node = call.node
-        kind = self._fits(group, call) if region_of(node) == group.region else None
+        """Let an op join a group, if it fits there, or would if the group's columns were rows."""
+        if region_of(call.node) != group.region:
+            return False
+        if self._joins(group, call):
+            return True
+        domain = _domain(call)
+        if domain is None or not group.turns(product(domain[0])):
+            return False
+        before = group.rows, group.width, group.kinds
+        group.turn()
+        if self._joins(group, call):
+            return True
+        group.rows, group.width, group.kinds = before
+        return False
+
+    def _joins(self, group: _Growing, call: Call) -> bool:
+        node, kind = call.node, self._fits(group, call)
         if kind is None or not self._may_unite(group, {node: call}, {node: kind}, 1 << self.flow.index[node]):
             return False
         if kind is Kind.FULL:
@@ -153,7 +180,7 @@ class _Finder:
             if group.width == 1 or domain[1] in known or call.node.target is CONCATENATION:
                 return _own_kind(call)
         # One value per row, also without a last dimension of 1, as a reduction without keepdim leaves it.
-        per_row = call.node.target in POINTWISE and same(product(value.shape), product(group.rows))
+        per_row = is_elementwise(call) and same(product(value.shape), product(group.rows))
         return Kind.ROW if per_row else None
 
     def _merge_producers(self, call: Call, group: _Growing) -> None:
@@ -174,9 +201,7 @@ class _Finder:
         self.group |= dict.fromkeys(kinds, group)
         self.reach.contract(group.mask, group.region)
 
-    def _may_unite(
-        self, group: _Growing, members: Mapping[Node, Call], kinds: Mapping[Node, Kind], mask: int
-    ) -> bool:
+    def _may_unite(self, group: _Growing, members: Mapping[Node, Call], kinds: Mapping[Node, Kind], mask: int) -> bool:
         united = _Growing(
             group.rows, group.width, group.region, group.members | members, group.kinds | kinds, group.mask | mask
         )
@@ -210,7 +235,8 @@ class _Finder:
         found: list[Group] = []
         for growing in self.all:
             outputs, free = self._read_outside(growing), self._free(growing)
-            if len(growing.members) < least or not outputs or not growing.inputs() - free:
+            worth = len(growing.members) >= least or any(map(launches_twice, growing.members.values()))
+            if not worth or not outputs or not growing.inputs() - free:
                 continue
             found.append(
                 Group(

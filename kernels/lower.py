@@ -16,15 +16,31 @@ from torch.fx import Node
 
 from .body import MLIR_TYPE, Number, Scalar, Term
 from .build import GroupBuilder, Value
-from .call import Call
+from .call import Call, aten
 from .eager import EagerBody, Terms, common_dtype
-from .gathers import GATHERS
+from .gathers import GATHERS, picks_elements
 from .pointwise import CASTS, POINTWISE, attributes, positional
 from .rowwise import ROWWISE, Rowwise
 from .use import Operand
 
 BY_ROWS: Final[Mapping[Any, Rowwise]] = {**ROWWISE, **GATHERS}
 """Ops that need more than a formula."""
+_CASTING_FIRST: Final = frozenset({aten.softmax.int, aten.log_softmax.int})
+"""Ops that eager casts an operand for, in a kernel of its own."""
+
+
+def is_elementwise(call: Call) -> bool:
+    """Whether each element of the result depends on one element of each operand, or on an element picked by it."""
+    return call.node.target in POINTWISE or picks_elements(call)
+
+
+def launches_twice(call: Call) -> bool:
+    """Whether eager runs the op as two kernels or more."""
+    given = call.arguments
+    copies = call.node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+    return copies or (
+        call.node.target in _CASTING_FIRST and given.get("dtype") not in (None, call.tensor("self").dtype)
+    )
 
 
 def lower(builder: GroupBuilder, call: Call, operand: Operand) -> Value:

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from .build import Kind
 from .call import Call
-from .gathers import tables
+from .gathers import index_of, picks_elements, tables
 from .lower import BY_ROWS
 from .rowwise import CONCATENATION, REDUCING
 from .shapes import product, same, width_of
@@ -35,7 +35,11 @@ def rows_meet(call: Call, reader: Kind, operand: Node, kind: Kind, rows: Any) ->
     `reader` and `kind` say how the two vary in a group of `rows` rows.
     """
     shape, wanted = tuple(operand.meta["val"].shape), walked(call)
-    if len(shape) > len(wanted) or operand in tables(call):
+    if operand in tables(call):
+        return False
+    if operand is index_of(call) or (picks_elements(call) and reader is Kind.ROW):
+        return kind is Kind.ROW and same(product(shape), rows)
+    if len(shape) > len(wanted):
         return False
     shape = (1,) * (len(wanted) - len(shape)) + shape
     if call.node.target is CONCATENATION:
@@ -53,7 +57,10 @@ def use_of(call: Call, reader: Kind, operand: Node, rows: Any) -> Use:
     value: Tensor = operand.meta["val"]
     shape, width = tuple(value.shape), width_of(value)
     if call.node.target in BY_ROWS:
-        return BY_ROWS[call.node.target].use(call, operand)
+        use = BY_ROWS[call.node.target].use(call, operand)
+        return (
+            Use.per_row(operand) if reader is Kind.ROW and picks_elements(call) and operand not in tables(call) else use
+        )
     wanted = walked(call)
     if all(same(size, 1) for size in shape):
         return Use(Kind.SCALAR, ())

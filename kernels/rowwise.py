@@ -84,8 +84,9 @@ def _truths(how: Reduction) -> Callable[[GroupBuilder, Call, Operand], Value]:
 
 
 def _mean(builder: GroupBuilder, call: Call, operand: Operand) -> Value:
-    x = builder.cast(_source(builder, call, operand), F32)
-    return builder.cast(mean(builder, x, on_cuda=_on_cuda(call)), call.value.dtype)
+    source = _source(builder, call, operand) if _on_cuda(call) else operand(call.source)
+    average = mean(builder, builder.cast(source, F32), on_cuda=_on_cuda(call))
+    return builder.cast(average, call.value.dtype)
 
 
 def mean(builder: GroupBuilder, x: Value, *, less: float = 0, on_cuda: bool) -> Value:
@@ -132,7 +133,7 @@ def _squares(builder: GroupBuilder, x: Value, less: float = 0) -> Value:
 def _rms_norm(builder: GroupBuilder, call: Call, operand: Operand) -> Value:
     x = builder.cast(operand(call.source), F32)
     eps = call.arguments["eps"]
-    eps = torch.finfo(call.value.dtype).eps if eps is None else eps
+    eps = torch.finfo(F32).eps if eps is None else eps
     square = builder.pointwise(lambda b, v: b.mul(v, v), [x], F32)
     scale = _rsqrt(builder, mean(builder, square, on_cuda=_on_cuda(call)), eps)
     normal = builder.pointwise(lambda b, v, s: b.mul(v, s), [x, scale], F32)
@@ -170,22 +171,22 @@ def _norm(lower: Callable[[GroupBuilder, Call, Operand], Value]) -> Rowwise:
 # --- softmax ----------------------------------------------------------------------------------------------------------
 
 
-def _shifted(builder: GroupBuilder, call: Call, operand: Operand) -> tuple[Value, Value]:
-    """A row less its maximum, and the sum of its exponentials, in float32."""
+def _shifted(builder: GroupBuilder, call: Call, operand: Operand) -> tuple[Value, Value, Value]:
+    """A row less its maximum, its exponentials, and their sum, in float32."""
     x = builder.cast(_source(builder, call, operand), F32)
     top = builder.reduce("amax", x, F32)
     shifted = builder.pointwise(lambda b, v, m: b.sub(v, m), [x, top], F32)
     powers = builder.pointwise(lambda b, v: b.math("exp", v), [shifted], F32)
-    return shifted, builder.reduce("sum", powers, F32)
+    return shifted, powers, builder.reduce("sum", powers, F32)
 
 
 def _softmax(builder: GroupBuilder, call: Call, operand: Operand) -> Value:
-    shifted, total = _shifted(builder, call, operand)
-    return builder.pointwise(lambda b, v, t: b.div(b.math("exp", v), t), [shifted, total], call.value.dtype)
+    _, powers, total = _shifted(builder, call, operand)
+    return builder.pointwise(lambda b, v, t: b.div(v, t), [powers, total], call.value.dtype)
 
 
 def _log_softmax(builder: GroupBuilder, call: Call, operand: Operand) -> Value:
-    shifted, total = _shifted(builder, call, operand)
+    shifted, _, total = _shifted(builder, call, operand)
     return builder.pointwise(lambda b, v, t: b.sub(v, b.math("log", t)), [shifted, total], call.value.dtype)
 
 

@@ -1,0 +1,104 @@
+"""Sums over few rows as additions.
+
+Enters: a graph. Leaves: the same graph in which a sum over a short second-to-last dimension (the experts of a token) is
+a chain of additions, in float32, of its slices. A chain fuses with what follows it; a reduction across rows does not.
+Where what is summed was gathered by rows, each slice is gathered on its own, and the gathered tensor is never made.
+Invariant: same values up to the order of the additions, which is that of the index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from .call import Call, aten
+from .gathers import index_of
+
+MOST_TERMS: Final = 16
+_RESHAPING: Final = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+def unroll_row_sums(gm: GraphModule, allowed: Callable[[Node], bool]) -> int:
+    """Rewrite `gm` in place; returns how many sums were unrolled. `allowed` says which nodes may be fused at all."""
+    found = [node for node in gm.graph.nodes if _is_short_sum(node) and allowed(node)]
+    for node in found:
+        with gm.graph.inserting_before(node):
+            total = _Chain(gm, node).total()
+        node.replace_all_uses_with(total)
+        gm.graph.erase_node(node)
+    if found:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return len(found)
+
+
+def _is_short_sum(node: Node) -> bool:
+    if node.op != "call_function" or node.target is not aten.sum.dim_IntList:
+        return False
+    call = Call.of(node)
+    value, dims = call.source.meta.get("val"), call.arguments["dim"]
+    if not isinstance(value, Tensor) or value.dim() < 2 or not value.is_floating_point() or len(dims or ()) != 1:
+        return False
+    terms, width = value.shape[-2], value.shape[-1]
+    short = isinstance(terms, int) and 2 <= terms <= MOST_TERMS and isinstance(width, int) and width > 1
+    return short and dims[0] % value.dim() == value.dim() - 2 and not call.arguments["keepdim"]
+
+
+class _Chain:
+    """The nodes that take the place of one sum."""
+
+    def __init__(self, gm: GraphModule, node: Node) -> None:
+        self.gm = gm
+        self.node = node
+        self.call = Call.of(node)
+        self.shape = tuple(self.call.source.meta["val"].shape)
+
+    def total(self) -> Node:
+        dtype: torch.dtype = self.node.meta["val"].dtype
+        wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        terms = [self._cast(term, wide) for term in self._terms()]
+        total = terms[0]
+        for number, term in enumerate(terms[1:], 1):
+            total = self._new(aten.add.Tensor, (total, term), f"to{number}")
+        return self._cast(total, dtype)
+
+    def _terms(self) -> Sequence[Node]:
+        """The slices to be added, the first index first."""
+        source, count = self.call.source, self.shape[-2]
+        gathered = source.args[0] if source.target in _RESHAPING else None
+        if isinstance(gathered, Node) and _picks_rows(gathered, self.shape):
+            call = Call.of(gathered)
+            index = index_of(call)
+            assert index is not None
+            grid = self._new(aten.view.default, (index, list(self.shape[:-1])), "index")
+            picks = [self._new(aten.select.int, (grid, -1, k), f"index{k}") for k in range(count)]
+            return [self._new(aten.index.Tensor, (call.source, [pick]), f"row{k}") for k, pick in enumerate(picks)]
+        return [self._new(aten.select.int, (source, -2, k), f"row{k}") for k in range(count)]
+
+    def _cast(self, node: Node, dtype: torch.dtype) -> Node:
+        if node.meta["val"].dtype == dtype:
+            return node
+        return self._new(aten.to.dtype, (node, dtype), f"as_{str(dtype)[6:]}_{node.name}")
+
+    def _new(self, target: Any, args: tuple[Any, ...], role: str) -> Node:
+        new = self.gm.graph.create_node("call_function", target, args, name=f"{self.node.name}_{role}")
+        values = map_arg(args, lambda node: node.meta["val"])
+        with self.node.meta["val"].fake_mode:
+            new.meta = {**self.node.meta, "val": target(*values)}
+        return new
+
+
+def _picks_rows(node: Node, shape: tuple[Any, ...]) -> bool:
+    """Whether a node gathers rows of a matrix by a vector, one for each row of `shape`."""
+    if node.op != "call_function" or node.target is not aten.index.Tensor or len(node.args[1]) != 1:  # pyright: ignore
+        return False
+    call = Call.of(node)
+    index = index_of(call)
+    if index is None or index.meta["val"].dim() != 1 or call.source.meta["val"].dim() != 2:
+        return False
+    return tuple(node.meta["val"].shape)[-1] == shape[-1] and index.meta["val"].is_contiguous()
