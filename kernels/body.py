@@ -149,7 +149,7 @@ class Body:
         if x.type == type:
             return x
         if type == "i1":
-            return self.compare("ne", x, 0)
+            return self.compare("ne", self.convert(x, "f32") if x.floating else x, 0)
         if x.floating and type.startswith("i"):
             return self._cast("arith.fptosi", self.convert(x, "f32"), type)
         if type.startswith("i"):

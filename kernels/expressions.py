@@ -89,8 +89,11 @@ def expression(op: Any, operands: list[str]) -> str:
     name = op.name
     if name in _CASTS:
         target = str(op.results[0].type)
-        if target in ("bf16", "f16"):
-            return f"dm.to_{target}({operands[0]})"
+        if name == "arith.extf":
+            return f"dm.to_f32({operands[0]})"
+        if target in ("bf16", "f16"):  # of an integer by way of float32, as in eager
+            wide = operands[0] if name == "arith.truncf" else f"{operands[0]}.to(tl.float32)"
+            return f"dm.to_{target}({wide})"
         return f"{operands[0]}.to({TRITON_TYPE[target]})"
     if name == "arith.cmpf":
         return _compare_floats(FLOAT_PREDICATES[int(op.attributes["predicate"])], *operands)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from .body import Number, Scalar, Term
 from .eager import EagerBody as Body
 
@@ -51,7 +53,10 @@ def _inverse(b: Body, y: Term) -> float | None:
 def divide_rounded(b: Body, x: Scalar, y: Term, rounding_mode: str = "floor") -> Scalar:
     if rounding_mode == "floor":
         return floor_divide(b, x, y)
-    return b.math("trunc", divide(b, x, y)) if x.floating else b.binary("arith.divsi", x, y)
+    if not x.floating:
+        return b.binary("arith.divsi", x, y)
+    quotient = divide(b, x, y)
+    return b.math("trunc", b.step(quotient) if isinstance(y, Scalar) else quotient)
 
 
 def floor_divide(b: Body, x: Scalar, y: Term) -> Scalar:
@@ -94,6 +99,8 @@ def power(b: Body, x: Scalar, exponent: Term) -> Scalar:
         return b.binary("math.powf", x, exponent)
     if not x.floating:
         return _integer_power(b, x, int(exponent))
+    if b.terms.common is torch.float16 and not b.on_cuda and exponent not in (0, 1, 2):
+        return b.binary("math.powf", x, exponent)
     match exponent:
         case 0:
             return b.constant(1, x.type)

@@ -145,6 +145,11 @@ def rem_trunc(x, y):
 
 
 @triton.jit
+def to_f32(x):
+    return x.to(tl.float32)
+
+
+@triton.jit
 def to_bf16(x):
     return x.to(tl.bfloat16)
 

@@ -73,17 +73,22 @@ div_floor = _divided("floor")
 rem_trunc = _of_torch(lambda x, y: torch.fmod(x, torch.where(y == 0, 1, y)))
 
 
+def to_f32(x: Any) -> Any:
+    if x.dtype.scalar != tl.bfloat16:
+        return _tensor(np.array(_data(x), dtype=np.float32), tl.float32)
+    bits = torch.from_numpy(np.array(_data(x)).view(np.int16))
+    return _tensor(bits.view(torch.bfloat16).to(torch.float32).numpy(), tl.float32)
+
+
 def to_bf16(x: Any) -> Any:
-    """The interpreter truncates: round to nearest even first."""
-    if x.dtype.scalar != tl.float32:
-        return x.to(tl.bfloat16)
-    rounded = torch.from_numpy(np.array(_data(x))).to(torch.bfloat16).to(torch.float32).numpy()
-    return _tensor(rounded, x.dtype.scalar).to(tl.bfloat16)
+    """The interpreter keeps bfloat16 as bits; its own cast truncates, and flushes what is subnormal."""
+    rounded = torch.from_numpy(np.array(_data(x))).to(torch.bfloat16)
+    return _tensor(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
 
 
 def to_f16(x: Any) -> Any:
     with np.errstate(over="ignore"):
-        return x.to(tl.float16)
+        return _tensor(np.array(_data(x)).astype(np.float16), tl.float16)
 
 
 def row_sum(x: Any) -> Any:

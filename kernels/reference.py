@@ -152,7 +152,7 @@ class _Evaluator:
             return _COMPARE[INTEGER_PREDICATES[int(op.attributes["predicate"])][-2:]](*operands)
         if op.name in _TORCH:
             return _TORCH[op.name](*operands)
-        return operands[0].to(_DTYPE[str(op.results[0].type)])  # what is left are casts
+        return _cast(operands[0], _DTYPE[str(op.results[0].type)])  # what is left are casts
 
     def _index(self, op: Any, generic: Any) -> Tensor:
         shape = str(generic.results[0].type)[len("tensor<") : -1].split("x")[:-1]
@@ -169,6 +169,11 @@ def _element(table: Tensor, *at: Tensor) -> Tensor:
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
             raise IndexError(f"an index from {int(index.min())} to {int(index.max())} into a dimension of size {size}")
     return table[row, column]
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    half = dtype in (torch.float16, torch.bfloat16)
+    return x.to(torch.float32).to(dtype) if half else x.to(dtype)  # integers by way of float32, as in eager
 
 
 def _compare_floats(kind: str, x: Tensor, y: Tensor) -> Tensor:
