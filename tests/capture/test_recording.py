@@ -51,6 +51,7 @@ def test_an_op_over_functions_is_refused_by_name() -> None:
         auxstream.graph(device="cpu"),
     ):
         torch.cond(torch.ones(()) > 0, torch.sin, torch.cos, (torch.ones(2),))
+    torch._dynamo.reset()  # Dynamo would remember that it met the recorder here
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------
