@@ -11,7 +11,6 @@ and the extra `hf`.
 from __future__ import annotations
 
 import argparse
-import collections
 import copy
 import json
 import tempfile
@@ -89,8 +88,8 @@ class Captured:
         """Microseconds per replay."""
         return device_time(self.graph.replay, 10)
 
-    def launches(self) -> dict[str, int]:
-        """Kernels of one replay, by name."""
+    def launches(self) -> dict[str, tuple[int, float]]:
+        """Kernels of one replay, by name: how many, and their time in all, in microseconds."""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             self.graph.replay()
             torch.cuda.synchronize()
@@ -98,10 +97,15 @@ class Captured:
             path = Path(folder) / "trace.json"
             profile.export_chrome_trace(str(path))
             events = json.loads(path.read_text())["traceEvents"]
-        return dict(collections.Counter(event["name"] for event in events if event.get("cat") == "kernel"))
+        found: dict[str, tuple[int, float]] = {}
+        for event in events:
+            if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+                count, us = found.get(event["name"], (0, 0.0))
+                found[event["name"]] = (count + 1, us + event["dur"])
+        return found
 
 
-def pointwise_launches(names: dict[str, int]) -> int:
+def pointwise_launches(kernels: dict[str, tuple[int, float]]) -> int:
     """Elementwise and reduction kernels: ours, Inductor's, and ATen's."""
     words = (
         "fused_",
@@ -114,7 +118,7 @@ def pointwise_launches(names: dict[str, int]) -> int:
         "_index",
         "cat",
     )
-    return sum(count for name, count in names.items() if any(word.lower() in name.lower() for word in words))
+    return sum(count for name, (count, _) in kernels.items() if any(word.lower() in name.lower() for word in words))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -144,15 +148,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         figures = interleave({name: run.sample for name, run in runs.items()}, options.rounds, "us")
         print(f"batch {batch}, {options.layers} layers, us per layer")
         for name, figure in figures.items():
-            names = runs[name].launches()
+            kernels = runs[name].launches()
             per_layer = figure.median / options.layers
-            counts = (pointwise_launches(names) / options.layers, sum(names.values()) / options.layers)
+            counts = (
+                pointwise_launches(kernels) / options.layers,
+                sum(c for c, _ in kernels.values()) / options.layers,
+            )
             results[f"batch {batch}: {name}"] = {
                 "us per layer": per_layer,
                 "step": figure,
                 "pointwise launches per layer": counts[0],
                 "launches per layer": counts[1],
-                "kernels": names,
+                "kernels": kernels,
             }
             print(f"  {name:34} {per_layer:7.1f}   {counts[0]:5.1f} pointwise of {counts[1]:5.1f} launches", flush=True)
         results[f"batch {batch}: overlapped equals serial"] = equal

@@ -24,7 +24,9 @@ def steps(flow: Dataflow, fusions: Sequence[Fusion]) -> Iterator[Node | Fusion]:
     place = {step: position for position, step in enumerate(step_of)}
     before: dict[Node | Fusion, set[Node | Fusion]] = {step: set() for step in place}
     for position, step in enumerate(step_of):
-        before[step].update(step_of[other] for other in flow.predecessors[position])
+        # A view that others read too comes behind its group, which reads the view's base instead.
+        own = step.group.kinds if isinstance(step, Fusion) else ()
+        before[step].update(step_of[p] for p in flow.predecessors[position] if flow.nodes[p] not in own)
     after: dict[Node | Fusion, list[Node | Fusion]] = {step: [] for step in place}
     waiting: dict[Node | Fusion, int] = {}
     for step, others in before.items():

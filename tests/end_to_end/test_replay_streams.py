@@ -41,6 +41,21 @@ def three_at_once(x: Tensor) -> Tensor:
     for region in regions:
         with region:
             results.append(region.returns(x + 1))
+    for region in regions:
+        region.join()
+    for result in results:
+        total = total + result
+    return total
+
+
+def three_joined_one_by_one(x: Tensor) -> Tensor:
+    """The same, but for work between the joins: each join then opens new streams at replay."""
+    regions = [fork(f"r{index}", x) for index in range(3)]
+    total = x * 0.5
+    results: list[Tensor] = []
+    for region in regions:
+        with region:
+            results.append(region.returns(x + 1))
     for region, result in zip(regions, results, strict=True):
         region.join()
         total = total + result
@@ -94,6 +109,12 @@ class TestOnAGpu:
 
 class TestTheCount:
     pytestmark = needs_gpu
+
+    def test_joins_with_work_between_them_have_more(self, x: Tensor) -> None:
+        layers(three_joined_one_by_one, x)
+        with graph() as g:
+            layers(three_joined_one_by_one, x)
+        assert len(streams_used(g.replay)) > 4
 
     def test_a_graph_of_many_streams_has_more(self, x: Tensor) -> None:
         """The twin: captured by hand, the auxiliary branches first and each on a stream of its own."""
