@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 
 from ..kernels.dataflow import Dataflow, positions
 from ..kernels.routing import MARKED, Routing, Weights, is_floating, routings
+from ..runtime.errors import RegionError
 from .branches import Candidate, candidates
 
 _WEIGHTS_BEFORE_SELECTION = 2
@@ -42,7 +43,18 @@ class MarkedRegion:
 
 
 def mark_multi_stream_moe_shared_experts(gm: GraphModule) -> tuple[MarkedRegion, ...]:
-    """Mark every shared expert of `gm`; returns the regions in graph order, none for a model without shared experts."""
+    """Mark every shared expert of `gm`; returns the regions in graph order, none for a model without shared experts.
+
+    Raises RegionError for a graph with fused kernels: the mark is to keep them off branches, and comes too late.
+    """
+    fused = next((node for node in gm.graph.nodes if node.meta.get("auxstream_fused")), None)
+    if fused is not None:
+        raise RegionError(
+            "this graph has fused kernels already",
+            expected="the marker first: it keeps fused kernels off branches that will run on auxiliary streams",
+            came=fused.name,
+            remedy="call mark_multi_stream_moe_shared_experts(gm) before fuse_elementwise(gm)",
+        )
     flow = Dataflow.of(gm)
     weights = Weights.of(flow)
     found = tuple(routings(flow, weights))

@@ -71,7 +71,7 @@ class RegionPlan:
 
 def insert_regions(
     gm: GraphModule,
-    regions: Sequence[MarkedRegion] | None = None,
+    regions: Sequence[MarkedRegion | str] | None = None,
     *,
     handoff: Handoff = "auto",
     order: LaunchOrder = "caller_first",
@@ -82,7 +82,7 @@ def insert_regions(
     """Put each region of `gm` between a fork and a join; the graph is changed in place and recompiled.
 
     Args:
-        regions: what to insert; by default the node sets that `meta["auxstream"]` names.
+        regions: what to insert, a name standing for the nodes whose `meta["auxstream"]` it is; by default all such.
         handoff: "record" declares every tensor that crosses for `record_stream`; "auto" only those whose lifetime the
             graph does not prove.
         order: what is enqueued first between fork and join.
@@ -110,8 +110,10 @@ def insert_regions(
     if not blocks:
         return ()
     steps = launch_order(flow, blocks, order)
-    gm.meta[LAY_AGAIN] = functools.partial(
+    _mark(gm, requested)
+    again = functools.partial(
         insert_regions,
+        regions=tuple(requested),
         handoff=handoff,
         order=order,
         fork_at=fork_at,
@@ -120,19 +122,34 @@ def insert_regions(
     )
     writer = _Writer(gm, flow, blocks, steps, priority)
     crossings = [writer.crossing(number, handoff, unsafe_no_lifetime) for number in range(len(blocks))]
-    return writer.write(crossings)
+    plans = writer.write(crossings)
+    for plan in plans:
+        plan.fork.meta[LAY_AGAIN] = again
+    return plans
 
 
-def _requested(gm: GraphModule, regions: Sequence[MarkedRegion] | None) -> dict[str, list[Node]]:
+def _requested(gm: GraphModule, regions: Sequence[MarkedRegion | str] | None) -> dict[str, list[Node]]:
     marked: dict[str, list[Node]] = {}
-    if regions is not None:
-        for region in regions:
-            marked.setdefault(region.name, []).extend(region.nodes)
-    else:
-        for node in gm.graph.nodes:
-            if node.meta.get("auxstream"):
-                marked.setdefault(str(node.meta["auxstream"]), []).append(node)
-    return marked
+    for node in gm.graph.nodes:
+        if node.meta.get("auxstream"):
+            marked.setdefault(str(node.meta["auxstream"]), []).append(node)
+    if regions is None:
+        return marked
+    requested: dict[str, list[Node]] = {}
+    for region in regions:
+        name, nodes = (region, marked.get(region, ())) if isinstance(region, str) else (region.name, region.nodes)
+        requested.setdefault(name, []).extend(nodes)
+    return requested
+
+
+def _mark(gm: GraphModule, requested: Mapping[str, Sequence[Node]]) -> None:
+    """Mark what was asked for by its nodes, too: it must be found again once the graph has changed."""
+    home = {node: name for name, nodes in requested.items() for node in nodes}
+    for node in gm.graph.nodes:
+        if node in home:
+            node.meta["auxstream"] = home[node]
+        elif node.meta.get("auxstream") in requested:
+            del node.meta["auxstream"]
 
 
 def _name_elements(gm: GraphModule, requested: Mapping[str, Sequence[Node]]) -> None:

@@ -37,7 +37,10 @@ Given = list[tuple[Any, tuple[Node, ...]]]
 
 def tensors(node: Node) -> list[Tensor]:
     """The tensors of a node's value, flattened."""
-    return [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return [value]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def arguments(node: Node, target: OpOverload) -> Given:
@@ -118,6 +121,10 @@ def draws_random_numbers(node: Node, target: OpOverload) -> bool:
 
 
 def _nodes(value: Any) -> tuple[Node, ...]:
+    if isinstance(value, Node):
+        return (value,)
+    if not isinstance(value, list | tuple | dict):
+        return ()
     leaves = pytree.tree_leaves(value, is_leaf=lambda item: isinstance(item, Node))
     return tuple(leaf for leaf in leaves if isinstance(leaf, Node))
 

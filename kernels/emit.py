@@ -147,8 +147,8 @@ def _optimised(text: str) -> str:
 
 
 _TELLING: Final = (
-    "softmax", "log_softmax", "layer_norm", "rms_norm", "mean", "sum", "amax", "amin", "gelu", "silu", "sigmoid", "tanh",
-    "exp", "cos", "rsqrt", "cat", "where", "pow", "div", "mul", "add", "sub",
+    "softmax", "log_softmax", "layer_norm", "rms_norm", "mean", "sum", "amax", "amin", "gelu", "silu", "sigmoid",
+    "tanh", "exp", "cos", "rsqrt", "cat", "where", "pow", "div", "mul", "add", "sub",
 )  # fmt: skip
 
 

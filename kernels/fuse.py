@@ -1,23 +1,24 @@
 """`fuse_elementwise`: chains of pointwise ops and row reductions become Triton kernels, through MLIR.
 
 Enters: a traced graph, marked if it has shared experts. Leaves: the same GraphModule with a call of a fused kernel for
-each group, and a `FusionReport`. Reads as the pipeline: fold, group, emit, translate, read back. Invariant: marked
+each group, and a `FusionReport`. Reads as the pipeline: group, emit, translate, read back, fold. Invariant: marked
 nodes stay as they are unless their region is declared safe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..runtime.errors import AuxstreamError
-from ..runtime.settings import Safety, SafetyRules
-from .dataflow import Dataflow
+from ..runtime.settings import SETTINGS, Safety, SafetyRules
+from . import mlir
+from .dataflow import RNG, Dataflow
 from .emit import Fusion, emit
 from .fold import fold_constants
-from .free import is_free
 from .grouping import find_groups
 from .local import functionalise_locals
 from .module import to_fx, to_mlir
@@ -43,7 +44,7 @@ class FusionReport:
     folded: int
     """Values that depend on parameters alone, computed once."""
     mlir: str
-    """The graph as an MLIR module."""
+    """The graph as an MLIR module, and the kernels' own modules."""
 
     def __str__(self) -> str:
         ops = sum(len(fusion.group.nodes) for fusion in self.fusions)
@@ -59,7 +60,7 @@ _SAYS = {"0": "kept off (the marker)", "1": "declared safe", "auto": "to be prov
 
 
 def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = (), trial: bool = True) -> FusionReport:
-    """Fuse `gm` in place.
+    """Fuse `gm` in place. With AUXSTREAM_FUSION=off nothing happens.
 
     Args:
         gm: an ATen graph; every node has `meta["val"]`. Before or after `insert_regions`.
@@ -68,37 +69,78 @@ def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = (), trial: bool = T
         trial: whether regions on `auto` are fused; whoever says so proves the captured graph afterwards.
 
     Raises:
-        FusionError: the graph routes tokens to experts and the marker has not seen it.
+        FusionError: the graph routes tokens to experts and the marker has not seen it, or it has nodes without values.
+        RegionError: the graph has regions that `insert_regions` did not write.
         MissingDependencyError: the MLIR bindings are not installed.
     """
+    if SETTINGS.fusion == "off":
+        return FusionReport((), {}, 0, "")
+    mlir.bindings()
+    _refuse_untraced(gm)
     with lift_regions(gm):
         _refuse_unmarked(gm)
         safety = fusion_safety(regions_of(gm), safe)
-        slice_parts(gm)
-        unroll_row_sums(gm, lambda node: _allowed(node, safety, trial))
-        functionalise_locals(gm)
-        folded = fold_constants(gm, keep=is_free)
+        allowed = _marker(safety, trial)
+        slice_parts(gm, allowed)
         flow = Dataflow.of(gm)
-        groups = find_groups(flow, lambda node: _allowed(node, safety, trial))
-        fusions = tuple(emit(group) for group in groups)
+        if functionalise_locals(flow, allowed) + unroll_row_sums(flow, allowed):
+            flow = Dataflow.of(gm)
+        fusions = tuple(emit(group) for group in find_groups(flow, allowed))
         translation = to_mlir(gm, fusions, flow)
-        gm.graph = to_fx(translation, gm)
-        gm.graph.eliminate_dead_code()
-        folded += fold_constants(gm)  # what is free and still read by something else than a kernel
+        if fusions:
+            gm.graph = to_fx(translation, gm)
+            _drop_unread(gm, flow)
+        folded = fold_constants(gm, allowed)
         gm.graph.lint()
         gm.recompile()
     return FusionReport(fusions, safety, folded, str(translation))
 
 
-def _allowed(node: Node, safety: Mapping[str, Safety], trial: bool) -> bool:
-    region = region_of(node)
-    if region is not None:
-        return safety[region] == "1" or (trial and safety[region] == "auto")
-    return not node.meta.get("skip_mlir_fusion")
+def _marker(safety: Mapping[str, Safety], trial: bool) -> Callable[[Node], bool]:
+    """The marker's word on a node: whether it may become part of a kernel."""
+
+    def allowed(node: Node) -> bool:
+        region = region_of(node)
+        if region is not None:
+            return safety[region] == "1" or (trial and safety[region] == "auto")
+        return not node.meta.get("skip_mlir_fusion")
+
+    return allowed
+
+
+def _drop_unread(gm: GraphModule, flow: Dataflow) -> None:
+    """Take out pure nodes that only fused ops mentioned: what a cast took its dtype from, constants written anew."""
+    read = {node.name: node for node in flow.nodes if node.users}
+    for node in reversed(gm.graph.nodes):
+        before = read.get(node.name)
+        if node.users or before is None or node.op not in ("call_function", "get_attr"):
+            continue
+        writes = {s for s in flow.writes[before] if s == RNG or flow.owner[s] is not before}
+        if not writes and not flow.barriers >> flow.index[before] & 1:
+            gm.graph.erase_node(node)
+
+
+def _refuse_untraced(gm: GraphModule) -> None:
+    for node in gm.graph.nodes:
+        tensor = node.op != "get_attr" or isinstance(_attribute(gm, str(node.target)), Tensor)
+        if "val" not in node.meta and node.op != "output" and tensor:
+            raise FusionError(
+                f"node {node.name} ({node.op} {node.target}) has no traced value",
+                expected='meta["val"] on every node: without it nobody can tell what shares memory',
+                came="a graph that was traced symbolically, or a pass that makes nodes without their values",
+                remedy="trace the model with auxstream.capture.trace, or run torch's FakeTensorProp over the graph",
+            )
+
+
+def _attribute(gm: GraphModule, target: str) -> object:
+    value: object = gm
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def _refuse_unmarked(gm: GraphModule) -> None:
-    if gm.meta.get(MARKED):
+    if gm.meta.get(MARKED) or regions_of(gm):
         return
     flow = Dataflow.of(gm)
     routing = next(routings(flow, Weights.of(flow)), None)

@@ -80,7 +80,8 @@ class _Growing:
     def turns(self, rows: Any) -> bool:
         """Whether this is one row of `rows` elements, each on its own: it may as well be `rows` rows of one."""
         alone = same(product(self.rows), 1) and self.width > 1 and same(self.width, rows)
-        return alone and set(self.kinds.values()) == {Kind.FULL} and all(map(is_elementwise, self.members.values()))
+        alike = all(same(product(node.meta["val"].shape), self.width) for node in self.kinds)
+        return alone and alike and all(map(is_elementwise, self.members.values()))
 
     def turn(self) -> None:
         self.rows, self.width = (self.width,), 1
@@ -202,9 +203,9 @@ class _Finder:
         self.reach.contract(group.mask, group.region)
 
     def _may_unite(self, group: _Growing, members: Mapping[Node, Call], kinds: Mapping[Node, Kind], mask: int) -> bool:
-        united = _Growing(
-            group.rows, group.width, group.region, group.members | members, group.kinds | kinds, group.mask | mask
-        )
+        united = _Growing(group.rows, group.width, group.region)
+        united.members, united.kinds = {**group.members, **members}, {**group.kinds, **kinds}
+        united.mask = group.mask | mask
         if len(united.members) > MOST_MEMBERS or len(united.inputs()) + len(self._read_outside(united)) > MOST_OPERANDS:
             return False
         rows = product(group.rows)

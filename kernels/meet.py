@@ -1,9 +1,9 @@
 """How a tensor meets the op that reads it, in row form.
 
 Enters: the shape of a tensor, the shape its reader walks over, and the rows of the reader's group. Leaves: for a value
-of the same group, whether its rows are the reader's rows; for a tensor from outside, how it varies over them. Invariant:
-broadcasting aligns shapes at their last dimension, while rows are flattened leading dimensions. Where the two differ
-(one value per row, added to a square matrix, is broadcast along its columns), a value and its reader do not meet.
+of the same group, whether its rows are the reader's rows; for a tensor from outside, how it varies over them.
+Invariant: broadcasting aligns shapes at their last dimension, while rows are flattened leading dimensions. Where the
+two differ (one value per row, added to a square matrix, is broadcast along its columns), value and reader do not meet.
 """
 
 from __future__ import annotations

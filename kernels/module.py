@@ -11,6 +11,7 @@ beside the module under the node's name. Values that are no tensors travel as `n
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,9 @@ _OTHER_TYPES = {
     torch.float8_e4m3fnuz: "f8E4M3FNUZ",
     torch.float8_e5m2fnuz: "f8E5M2FNUZ",
 }
+
+
+_ODD = re.compile(r'[^ -~]|["\\]')
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +173,7 @@ class _Writer:
 
 def _quoted(text: str) -> str:
     """An MLIR string literal; whatever is no plain printable character goes as hexadecimal bytes."""
-    plain = (c if c.isascii() and c.isprintable() and c not in '"\\' else None for c in text)
-    escaped = ("".join(f"\\{byte:02X}" for byte in c.encode()) for c in text)
-    return '"' + "".join(one or other for one, other in zip(plain, escaped, strict=True)) + '"'
+    return '"' + _ODD.sub(lambda found: "".join(f"\\{byte:02X}" for byte in found[0].encode()), text) + '"'
 
 
 def _target_name(target: Any) -> str:

@@ -95,10 +95,10 @@ class Reach:
         return False
 
     def delays(self, mask: int, region: str | None) -> bool:
-        """Note "a group and the regions beside it". A kernel runs when its last operand is there. So if one member waits
-        for a region, nothing that does not wait for it may want another member: it could have run beside the region, and
-        would now run behind it. And if a region waits for one member, no other may wait for more than the region does:
-        the region could have run beside that, and would now run behind it.
+        """Note "a group and the regions beside it". A kernel runs when its last operand is there. So if one member
+        waits for a region, nothing that does not wait for it may want another member: it could have run beside the
+        region, and would now run behind it. And if a region waits for one member, no other may wait for more than the
+        region does: the region could have run beside that, and would now run behind it.
         """
         if region is not None:
             return False

@@ -7,28 +7,47 @@ what handoff depends on their order: which outputs live past a lane's next fork 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from ..runtime.handoff_ops import REGION_OPS, region_join
+from ..runtime.errors import RegionError
+from ..runtime.handoff_ops import REGION_OPS, region_fork, region_join
 
 LAY_AGAIN = "auxstream_lay_regions"
-"""Key of `gm.meta`: a callable that inserts regions as they were inserted. `insert_regions` sets it."""
+"""Key of a fork node's `meta`: a callable that inserts regions as they were inserted. `insert_regions` sets it."""
 
 
 @contextmanager
 def lift_regions(gm: GraphModule) -> Generator[None]:
-    """Run the block on `gm` without its region ops, and lay them again, on an error too."""
-    lay = gm.meta.get(LAY_AGAIN) if any(node.target in REGION_OPS for node in gm.graph.nodes) else None
-    if lay is not None:
-        _lift(gm)
+    """Run the block on `gm` without its region ops, and lay them again, on an error too.
+
+    Raises RegionError for region ops that `insert_regions` did not write.
+    """
+    lay = _layer(gm)
+    if lay is None:
+        yield
+        return
+    _lift(gm)
     try:
         yield
     finally:
-        if lay is not None:
-            lay(gm)
+        lay(gm)
+
+
+def _layer(gm: GraphModule) -> Callable[[GraphModule], Any] | None:
+    """What lays the regions of a graph again; None for a graph without regions."""
+    ops = [node for node in gm.graph.nodes if node.target in REGION_OPS]
+    for node in ops:
+        if node.target is region_fork and LAY_AGAIN not in node.meta:
+            raise RegionError(
+                f"region op {node.name} was not inserted by insert_regions",
+                expected="a graph without regions, or with regions that can be taken out and laid again",
+                remedy="mark the nodes (meta['auxstream']) and call insert_regions(gm) instead",
+            )
+    return ops[0].meta[LAY_AGAIN] if ops else None
 
 
 def _lift(gm: GraphModule) -> None:

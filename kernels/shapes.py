@@ -26,6 +26,11 @@ def same(one: Any, other: Any) -> bool:
     return bool(product([one]) == product([other]))
 
 
+def static(sizes: Sequence[Any]) -> bool:
+    """Whether all sizes are plain numbers."""
+    return all(isinstance(size, int) for size in sizes)
+
+
 def row_dims(value: Tensor) -> tuple[Any, ...]:
     """All dimensions but the last."""
     return tuple(value.shape[:-1])

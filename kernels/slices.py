@@ -7,19 +7,24 @@ groups can look through it as through any other. Invariant: same values, same st
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, Final
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .call import Call, aten
+from .shapes import static
 
 _PARTING: Final = frozenset({aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes})
 
 
-def slice_parts(gm: GraphModule) -> int:
-    """Rewrite `gm` in place; returns how many parts became slices."""
-    found = [node for node in gm.graph.nodes if _is_part(node)]
+def slice_parts(gm: GraphModule, allowed: Callable[[Node], bool]) -> int:
+    """Rewrite `gm` in place; returns how many parts became slices. `allowed` is the marker's word on a node.
+
+    The module is to be recompiled afterwards.
+    """
+    found = [node for node in gm.graph.nodes if _is_part(node) and allowed(node)]
     for part in found:
         source, number = part.args
         given = Call.of(source).arguments
@@ -27,10 +32,8 @@ def slice_parts(gm: GraphModule) -> int:
         start = sum(sizes[:number])
         part.target = aten.slice.Tensor
         part.args = (given["self"], given["dim"], start, start + sizes[number])
-    for source in {node for node in gm.graph.nodes if node.target in _PARTING and not node.users}:
-        gm.graph.erase_node(source)
-    if found:
-        gm.recompile()
+        if not source.users:
+            gm.graph.erase_node(source)
     return len(found)
 
 
@@ -38,6 +41,4 @@ def _is_part(node: Node) -> bool:
     if node.target is not operator.getitem or not isinstance(node.args[0], Node) or node.args[0].target not in _PARTING:
         return False
     parts: Any = node.args[0].meta.get("val")
-    return isinstance(parts, tuple | list) and all(
-        isinstance(part, Tensor) and all(isinstance(size, int) for size in part.shape) for part in parts
-    )
+    return isinstance(parts, tuple | list) and all(isinstance(part, Tensor) and static(part.shape) for part in parts)

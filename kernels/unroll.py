@@ -12,28 +12,34 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .call import Call, aten
+from .dataflow import Dataflow
 from .gathers import index_of
+from .shapes import static
 
 MOST_TERMS: Final = 16
+_FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32)
 _RESHAPING: Final = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
-def unroll_row_sums(gm: GraphModule, allowed: Callable[[Node], bool]) -> int:
-    """Rewrite `gm` in place; returns how many sums were unrolled. `allowed` says which nodes may be fused at all."""
-    found = [node for node in gm.graph.nodes if _is_short_sum(node) and allowed(node)]
+def unroll_row_sums(flow: Dataflow, allowed: Callable[[Node], bool]) -> int:
+    """Rewrite the graph of `flow` in place; returns how many sums were unrolled. `allowed` is the marker's word.
+
+    The module is to be recompiled afterwards, and the dataflow read again.
+    """
+    found = [node for node in flow.nodes if _is_short_sum(node) and allowed(node)]
     for node in found:
-        with gm.graph.inserting_before(node):
-            total = _Chain(gm, node).total()
+        chain = _Chain(flow, node)
+        with node.graph.inserting_before(node):
+            total = chain.total()
         node.replace_all_uses_with(total)
-        gm.graph.erase_node(node)
-    if found:
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
+        for replaced in (node, *chain.looked_through):
+            if not replaced.users:
+                node.graph.erase_node(replaced)
     return len(found)
 
 
@@ -42,19 +48,22 @@ def _is_short_sum(node: Node) -> bool:
         return False
     call = Call.of(node)
     value, dims = call.source.meta.get("val"), call.arguments["dim"]
-    if not isinstance(value, Tensor) or value.dim() < 2 or not value.is_floating_point() or len(dims or ()) != 1:
+    if not isinstance(value, FakeTensor) or value.dim() < 2 or len(dims or ()) != 1:
+        return False
+    if value.dtype not in _FLOATS or call.arguments["dtype"] not in (None, value.dtype):
         return False
     terms, width = value.shape[-2], value.shape[-1]
-    short = isinstance(terms, int) and 2 <= terms <= MOST_TERMS and isinstance(width, int) and width > 1
+    short = static((terms, width)) and 2 <= terms <= MOST_TERMS and width > 1
     return short and dims[0] % value.dim() == value.dim() - 2 and not call.arguments["keepdim"]
 
 
 class _Chain:
     """The nodes that take the place of one sum."""
 
-    def __init__(self, gm: GraphModule, node: Node) -> None:
-        self.gm = gm
+    def __init__(self, flow: Dataflow, node: Node) -> None:
+        self.flow = flow
         self.node = node
+        self.looked_through: list[Node] = []
         self.call = Call.of(node)
         self.shape = tuple(self.call.source.meta["val"].shape)
 
@@ -71,7 +80,8 @@ class _Chain:
         """The slices to be added, the first index first."""
         source, count = self.call.source, self.shape[-2]
         gathered = source.args[0] if source.target in _RESHAPING else None
-        if isinstance(gathered, Node) and _picks_rows(gathered, self.shape):
+        if isinstance(gathered, Node) and _picks_rows(gathered, self.shape) and self._steady(gathered):
+            self.looked_through = [source, gathered]
             call = Call.of(gathered)
             index = index_of(call)
             assert index is not None
@@ -80,13 +90,18 @@ class _Chain:
             return [self._new(aten.index.Tensor, (call.source, [pick]), f"row{k}") for k, pick in enumerate(picks)]
         return [self._new(aten.select.int, (source, -2, k), f"row{k}") for k in range(count)]
 
+    def _steady(self, gathered: Node) -> bool:
+        """Whether nothing writes, behind the gather, to what it reads: it will be read where the sum stands."""
+        read, before = self.flow.reads[gathered], self.flow.ancestors[self.flow.index[gathered]]
+        return not any(self.flow.writes[node] & read and not before >> i & 1 for i, node in enumerate(self.flow.nodes))
+
     def _cast(self, node: Node, dtype: torch.dtype) -> Node:
         if node.meta["val"].dtype == dtype:
             return node
         return self._new(aten.to.dtype, (node, dtype), f"as_{str(dtype)[6:]}_{node.name}")
 
     def _new(self, target: Any, args: tuple[Any, ...], role: str) -> Node:
-        new = self.gm.graph.create_node("call_function", target, args, name=f"{self.node.name}_{role}")
+        new = self.node.graph.create_node("call_function", target, args, name=f"{self.node.name}_{role}")
         values = map_arg(args, lambda node: node.meta["val"])
         with self.node.meta["val"].fake_mode:
             new.meta = {**self.node.meta, "val": target(*values)}

@@ -58,7 +58,7 @@ def seen_through(node: Node) -> Node | None:
 
 
 def seen_as(view: Node, kind: Kind, rows: Any) -> Kind | None:
-    """What a view of a value of `kind` shows in a group of `rows` rows: full, row, or None for other rows or columns."""
+    """What a view of a value of `kind` shows in a group of `rows` rows; None for other rows, or other columns."""
     source = seen_through(view)
     assert source is not None
     before, after = source.meta["val"], view.meta["val"]

@@ -122,7 +122,7 @@ def parse_safety(text: str, where: str = "environment variable AUXSTREAM_FUSION_
 def _safety(name: str, value: str) -> Safety:
     if value not in SAFETY_VALUES:
         raise _malformed(name, value)
-    return cast(Safety, value)
+    return value
 
 
 def _folder(environ: Mapping[str, str], name: str) -> Path | None:

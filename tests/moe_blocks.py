@@ -1,4 +1,4 @@
-"""Small mixture-of-experts layers in the forms real models take, for the tests of this folder."""
+"""Small mixture-of-experts layers in the forms real models take."""
 
 from __future__ import annotations
 
