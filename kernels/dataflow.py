@@ -71,6 +71,10 @@ class Dataflow:
         """Whether the node only names memory of others: nothing is read, written or allocated."""
         return node.op == "call_function" and not self.reads[node] and not self.writes[node]
 
+    def rewritten(self) -> frozenset[Storage]:
+        """Storages that a node writes which did not allocate them."""
+        return frozenset(s for node in self.nodes for s in self.writes[node] if s == RNG or self.owner[s] is not node)
+
     def descendants(self, mask: int) -> int:
         """Everything that must come after some node of `mask`, those nodes included."""
         below = 0

@@ -11,11 +11,11 @@ import math
 from typing import Any, Final
 
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from .body import MLIR_TYPE, Number
 from .build import GroupBuilder, Value
-from .call import Call, aten
+from .call import UNREAD, Call, aten
 from .views import seen_through
 
 _FILLED: Final[dict[Any, Number | None]] = {
@@ -59,6 +59,30 @@ def free_value(builder: GroupBuilder, node: Node, width: Any) -> Value | None:
     if count != width:
         return None
     return builder.iota(count, dtype, lambda body, column: body.add(body.mul(column, step), start))
+
+
+def settle_fills(gm: GraphModule) -> int:
+    """Rewrite what fills "like" another tensor to say its shape itself, so that it no longer waits for that tensor.
+
+    Changes `gm` in place; returns how many nodes were rewritten.
+    """
+    found = [node for node in gm.graph.nodes if _fills_like(node)]
+    for node in found:
+        value: Tensor = node.meta["val"]
+        node.args = (list(value.shape), _filling(node))
+        node.kwargs = {"dtype": value.dtype, "device": value.device}
+        node.target = aten.full.default
+    if found:
+        gm.recompile()
+    return len(found)
+
+
+def _fills_like(node: Node) -> bool:
+    """Whether a node fills a contiguous tensor of known shape, and names another tensor for its shape or dtype."""
+    value = node.meta.get("val")
+    if node.target not in UNREAD or _filling(node) is None or not isinstance(value, Tensor):
+        return False
+    return all(isinstance(size, int) for size in value.shape) and value.is_contiguous()
 
 
 def _origin(node: Node) -> Node:

@@ -228,7 +228,7 @@ class _Finder:
         return [node for node in group.members if node in read]
 
     def _free(self, group: _Growing) -> frozenset[Node]:
-        return frozenset(a for a in group.inputs() if self.flow.constants >> self.flow.index[a] & 1 and is_free(a))
+        return frozenset(a for a in group.inputs() if is_free(a) and not self.flow.storages[a] & self.flow.rewritten())
 
     def groups(self, least: int) -> list[Group]:
         """The groups worth a kernel: those that replace at least that many nodes, and of which something is read."""

@@ -95,7 +95,7 @@ class _Launch:
     numbers: tuple[int, ...]
     options: dict[str, Any]
     copied: tuple[int, ...]
-    """Inputs whose rows no kernel takes apart: made contiguous first."""
+    """Inputs whose rows no kernel takes apart: laid out first."""
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         self.kernel[self.grid](*tensors, *self.numbers, **self.options)
@@ -139,9 +139,16 @@ class FusedKernel:
         if launch is None:
             launch = self._launches[key] = self._settle(inputs, outputs, sizes)
         if launch.copied:
-            inputs = [t.contiguous() if i in launch.copied else t for i, t in enumerate(inputs)]
+            inputs = self.laid_out(inputs, launch.copied, sizes)
         launch([*inputs, *outputs])
         return outputs
+
+    def laid_out(self, inputs: Sequence[Tensor], copied: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+        """The inputs, those in `copied` as the kernel can walk them."""
+        return [
+            operand.laid_out(tensor, sizes) if number in copied else tensor
+            for number, (operand, tensor) in enumerate(zip(self.spec.inputs, inputs, strict=True))
+        ]
 
     def _settle(self, inputs: list[Tensor], outputs: list[Tensor], sizes: Sequence[int]) -> _Launch:
         if inputs[0].is_cuda and torch.cuda.is_current_stream_capturing():
@@ -156,7 +163,7 @@ class FusedKernel:
         if not inputs[0].is_cuda or len(launches) == 1:
             return first
         if first.copied:
-            inputs = [t.contiguous() if i in first.copied else t for i, t in enumerate(inputs)]
+            inputs = self.laid_out(inputs, first.copied, sizes)
         key = f"{self.spec.name}-{'-'.join(map(str, first.numbers))}-{device_name(inputs[0].device)}"
         return choose(key, launches, [*inputs, *outputs])
 
@@ -167,7 +174,7 @@ class FusedKernel:
         layouts = self.spec.layouts(inputs, outputs, sizes)
         copied = tuple(i for i, found in enumerate(layouts) if found is None)
         if copied:
-            inputs = [t.contiguous() if i in copied else t for i, t in enumerate(inputs)]
+            inputs = self.laid_out(inputs, copied, sizes)
             layouts = self.spec.layouts(inputs, outputs, sizes)
         known = [found for found in layouts if found is not None]
         assert len(known) == len(layouts), f"{self.spec.name}: a contiguous operand in too many levels"

@@ -51,11 +51,17 @@ class Operand:
         used = sized(self.used, sizes)
         if self.role == "table":
             return tensor
-        if self.role == "rows":
-            return tensor.expand(used).reshape(-1, 1)
+        wide = self._spread(tensor, used)
+        return wide.reshape(-1, used[-1] if used and self.role == "columns" else 1)
+
+    def laid_out(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The tensor broadcast to the shape it is used in, in memory of its own."""
+        return self._spread(tensor, sized(self.used, sizes)).contiguous()
+
+    @staticmethod
+    def _spread(tensor: Tensor, used: Sequence[int]) -> Tensor:
         surplus = max(0, tensor.dim() - len(used))  # leading dimensions of size 1
-        wide = tensor.reshape(tensor.shape[surplus:]).expand(used)
-        return wide.reshape(-1, used[-1] if used else 1)
+        return tensor.reshape(tensor.shape[surplus:]).expand(tuple(used))
 
 
 @dataclass(frozen=True, slots=True)
