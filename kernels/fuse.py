@@ -19,6 +19,7 @@ from . import mlir
 from .dataflow import RNG, Dataflow
 from .emit import Fusion, emit
 from .fold import fold_constants
+from .free import settle_fills
 from .grouping import find_groups
 from .local import functionalise_locals
 from .module import to_fx, to_mlir
@@ -82,6 +83,7 @@ def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = (), trial: bool = T
         safety = fusion_safety(regions_of(gm), safe)
         allowed = _marker(safety, trial)
         slice_parts(gm, allowed)
+        settle_fills(gm)
         flow = Dataflow.of(gm)
         if functionalise_locals(flow, allowed) + unroll_row_sums(flow, allowed):
             flow = Dataflow.of(gm)
