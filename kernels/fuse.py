@@ -27,6 +27,7 @@ from .reach import region_of, regions_of
 from .regions import lift_regions
 from .routing import MARKED, Weights, routings
 from .safety import fusion_safety
+from .short_sorts import count_short_sorts
 from .slices import slice_parts
 from .unroll import unroll_row_sums
 
@@ -83,6 +84,7 @@ def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = (), trial: bool = T
         safety = fusion_safety(regions_of(gm), safe)
         allowed = _marker(safety, trial)
         slice_parts(gm, allowed)
+        count_short_sorts(gm, allowed)
         settle_fills(gm)
         flow = Dataflow.of(gm)
         if functionalise_locals(flow, allowed) + unroll_row_sums(flow, allowed):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .body import MLIR_TYPE
 from .expressions import FLOAT_PREDICATES, INTEGER_PREDICATES
+from .function import walks_rows, width_of
 
 _DTYPE: Final = {name: dtype for dtype, name in MLIR_TYPE.items()} | {"index": torch.int64}
 
@@ -155,11 +156,10 @@ class _Evaluator:
         return _cast(operands[0], _DTYPE[str(op.results[0].type)])  # what is left are casts
 
     def _index(self, op: Any, generic: Any) -> Tensor:
-        shape = str(generic.results[0].type)[len("tensor<") : -1].split("x")[:-1]
-        dim = int(str(op.attributes["dim"]).split(":")[0])
-        if shape[dim] == "?":
+        if walks_rows(op):
             return torch.arange(self.rows, device=self.device)[:, None]
-        return torch.arange(int(shape[dim]), device=self.device)[None, :]
+        width = max(width_of(value.type) for value in (*generic.operands, *generic.results))
+        return torch.arange(width, device=self.device)[None, :]
 
 
 def _element(table: Tensor, *at: Tensor) -> Tensor:

@@ -18,22 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from .expressions import TRITON_TYPE
+from .function import body_of, element_of, is_reduction, operations, over_columns, over_rows, shape_of, width_of
 from .geometry import Access
-from .triton_values import (
-    MAIN,
-    Values,
-    body_of,
-    combined,
-    element_of,
-    is_reduction,
-    neutral,
-    operations,
-    over_columns,
-    over_rows,
-    shape_of,
-    whole_row,
-    width_of,
-)
+from .triton_values import MAIN, Values, combined, neutral, whole_row
 
 Form = Literal["flat", "blocks", "resident", "tiled"]
 

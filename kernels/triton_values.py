@@ -13,6 +13,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .expressions import expression, literal
+from .function import (
+    accumulator_of,
+    body_of,
+    combiner,
+    first_column,
+    is_reduction,
+    over_columns,
+    over_rows,
+    shape_of,
+    walks_rows,
+    width_of,
+)
 from .geometry import Access
 
 
@@ -40,46 +52,6 @@ class Point:
 
 MAIN = Point("row", "col", "in_rows")
 """The point of a program's own rows and columns."""
-
-
-def operations(function: Any) -> list[Any]:
-    """The ops of a function's only block."""
-    return [op.operation for op in function.regions[0].blocks[0].operations]
-
-
-def body_of(op: Any) -> list[Any]:
-    """The scalar ops of a generic, its yield last."""
-    return [inner.operation for inner in op.regions[0].blocks[0].operations]
-
-
-def is_reduction(op: Any) -> bool:
-    return op.name == "linalg.generic" and "reduction" in str(op.attributes["iterator_types"])
-
-
-def shape_of(type: Any) -> list[str]:
-    """Dimensions of a tensor type, "?" for rows; none for a scalar."""
-    text = str(type)
-    return text[len("tensor<") : -1].split("x")[:-1] if text.startswith("tensor") else []
-
-
-def element_of(type: Any) -> str:
-    """The scalar type of a tensor type."""
-    return str(type)[len("tensor<") : -1].split("x")[-1]
-
-
-def width_of(type: Any) -> int:
-    """Columns of a type; 1 where it has none."""
-    shape = shape_of(type)
-    return int(shape[-1]) if shape and shape[-1] != "?" else 1
-
-
-def over_rows(type: Any) -> bool:
-    return "?" in shape_of(type)
-
-
-def over_columns(type: Any) -> bool:
-    shape = shape_of(type)
-    return bool(shape) and shape[-1] != "?"
 
 
 class Values:
@@ -241,16 +213,9 @@ class Values:
         return name
 
 
-def first_column(op: Any) -> int:
-    """Where a `tensor.extract_slice` of columns starts."""
-    return int(str(op.attributes["static_offsets"]).split(":")[-1].strip(" >").split(",")[-1])
-
-
 def _index(op: Any, point: Point) -> str:
     """A `linalg.index`: the row, or the column."""
-    shape = shape_of(op.parent.results[0].type)
-    walks_rows = shape[int(str(op.attributes["dim"]).split(":")[0])] == "?"
-    return point.row if walks_rows else f"{point.column}.to(tl.int64)"
+    return point.row if walks_rows(op) else f"{point.column}.to(tl.int64)"
 
 
 def _row_terms(name: str, levels: int, row: str) -> list[str]:
@@ -264,15 +229,6 @@ def _row_terms(name: str, levels: int, row: str) -> list[str]:
 
 
 # --- reductions -------------------------------------------------------------------------------------------------------
-
-
-def accumulator_of(op: Any) -> Any:
-    return list(op.regions[0].blocks[0].arguments)[-1]
-
-
-def combiner(op: Any) -> str:
-    """The scalar op that takes one more element in."""
-    return body_of(op)[-2].name
 
 
 def combined(op: Any, so_far: str, value: str) -> str:

@@ -14,10 +14,10 @@ from typing import Any, Final
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from .call import Call, aten
 from .dataflow import Dataflow
+from .derive import derived
 from .gathers import index_of
 from .shapes import static
 
@@ -34,9 +34,7 @@ def unroll_row_sums(flow: Dataflow, allowed: Callable[[Node], bool]) -> int:
     found = [node for node in flow.nodes if _is_short_sum(node) and allowed(node)]
     for node in found:
         chain = _Chain(flow, node)
-        with node.graph.inserting_before(node):
-            total = chain.total()
-        node.replace_all_uses_with(total)
+        node.replace_all_uses_with(chain.total())
         for replaced in (node, *chain.looked_through):
             if not replaced.users:
                 node.graph.erase_node(replaced)
@@ -101,11 +99,7 @@ class _Chain:
         return self._new(aten.to.dtype, (node, dtype), f"as_{str(dtype)[6:]}_{node.name}")
 
     def _new(self, target: Any, args: tuple[Any, ...], role: str) -> Node:
-        new = self.node.graph.create_node("call_function", target, args, name=f"{self.node.name}_{role}")
-        values = map_arg(args, lambda node: node.meta["val"])
-        with self.node.meta["val"].fake_mode:
-            new.meta = {**self.node.meta, "val": target(*values)}
-        return new
+        return derived(self.node, role, target, args)
 
 
 def _picks_rows(node: Node, shape: tuple[Any, ...]) -> bool:
