@@ -1,4 +1,4 @@
-"""One op as one kernel, run the three ways there are: eager, by torch from its MLIR, and by Triton."""
+"""Single ops as kernels, run the three ways there are: eager, by torch from its MLIR, and by Triton."""
 
 from __future__ import annotations
 
@@ -11,56 +11,72 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from auxstream.kernels.build import Kind
 from auxstream.kernels.dataflow import Dataflow
 from auxstream.kernels.emit import Fusion, emit
-from auxstream.kernels.grouping import find_groups
-from auxstream.kernels.launch import interpreting, kernel_of
+from auxstream.kernels.grouping import Group, find_groups
+from auxstream.kernels.launch import kernel_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAYS = ("kernel",) if DEVICE == "cuda" else ("reference", "kernel")
+Arguments = tuple[Sequence[Any], dict[str, Any]]
 
 
-def graph_of(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> GraphModule:
-    """A graph that calls `target` once; tensors among the arguments become its inputs."""
+def graph_of(calls: Sequence[tuple[Any, Arguments]]) -> GraphModule:
+    """A graph that calls each target once; tensors among the arguments become its inputs, each once."""
     graph, mode = Graph(), FakeTensorMode(allow_non_fake_inputs=True)
     made: dict[int, Node] = {}
-
-    def node_of(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in made:
-            made[id(value)] = graph.placeholder(f"x{len(made)}")
-            made[id(value)].meta["val"] = mode.from_tensor(value)
-        return made[id(value)]
-
-    node_args, node_kwargs = map_aggregate(tuple(args), node_of), map_aggregate(kwargs, node_of)
-    call = graph.call_function(target, node_args, node_kwargs)
-    with mode:
-        fake = map_aggregate((tuple(args), kwargs), lambda v: made[id(v)].meta["val"] if isinstance(v, Tensor) else v)
-        call.meta["val"] = target(*fake[0], **fake[1])
-    graph.output(call)
+    for _, given in calls:
+        for tensor in tensors_of(given):
+            if id(tensor) not in made:
+                made[id(tensor)] = graph.placeholder(f"x{len(made)}")
+                made[id(tensor)].meta["val"] = mode.from_tensor(tensor)
+    results: list[Node] = []
+    for target, given in calls:
+        args, kwargs = _mapped(given, lambda tensor: made[id(tensor)])
+        results.append(graph.call_function(target, args, kwargs))
+        with mode:
+            args, kwargs = _mapped(given, lambda tensor: made[id(tensor)].meta["val"])
+            results[-1].meta["val"] = target(*args, **kwargs)
+    graph.output(tuple(results))
     return GraphModule(torch.nn.Module(), graph)
 
 
-def fusion_of(target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Fusion | None:
-    """The kernel of a single call; None where the op is opaque."""
-    gm = graph_of(target, args, kwargs or {})
-    groups = find_groups(Dataflow.of(gm), lambda node: True, least=1)
-    return emit(groups[0]) if groups else None
+def _mapped(given: Arguments, change: Callable[[Tensor], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, kwargs = given
+    return map_aggregate((tuple(args), kwargs), lambda value: change(value) if isinstance(value, Tensor) else value)
 
 
-def tensors_of(args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> list[Tensor]:
+def tensors_of(given: Arguments) -> list[Tensor]:
     """The tensors among arguments, each once, in order."""
     found: dict[int, Tensor] = {}
-    map_aggregate((tuple(args), kwargs or {}), lambda v: found.setdefault(id(v), v) if isinstance(v, Tensor) else v)
+    _mapped(given, lambda tensor: found.setdefault(id(tensor), tensor))
     return list(found.values())
 
 
-def results(fusion: Fusion, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> dict[str, Tensor]:
-    """The kernel's result, by way."""
-    by_name = {f"x{i}": tensor for i, tensor in enumerate(tensors_of(args, kwargs))}
+def fusion_of(target: Any, given: Arguments) -> Fusion | None:
+    """The kernel of a single call; None where the op is opaque."""
+    groups = find_groups(Dataflow.of(graph_of([(target, given)])), lambda node: True, least=1)
+    return emit(groups[0]) if groups else None
+
+
+def bundle_of(calls: Sequence[tuple[Any, Arguments]]) -> Fusion:
+    """One kernel of many calls that have the same rows and columns and nothing else in common."""
+    nodes = tuple(node for node in graph_of(calls).graph.nodes if node.op == "call_function")
+    rows, width = nodes[0].meta["val"].shape[:-1], nodes[0].meta["val"].shape[-1]
+    kinds = dict.fromkeys(nodes, Kind.FULL)
+    return emit(Group(nodes, kinds, frozenset(), frozenset(), tuple(rows), width, None, nodes))
+
+
+def results(fusion: Fusion, given: Arguments) -> dict[str, Tensor]:
+    """The kernel's result, by way: of its variants the likeliest."""
+    by_name = {f"x{i}": tensor for i, tensor in enumerate(tensors_of(given))}
     inputs = [by_name[node.name] for node in fusion.inputs]
     kernel = kernel_of(fusion.spec)
-    ways: dict[str, Callable[..., list[Tensor]]] = {"reference": kernel.reference, "kernel": kernel}
-    assert DEVICE == "cuda" or interpreting()
-    return {way: ways[way](inputs, ())[0] for way in WAYS}
+    found: dict[str, Tensor] = {}
+    if "reference" in WAYS:
+        (found["reference"],) = kernel.reference(inputs, ())
+    outputs = kernel.fake(inputs, ())
+    launch = next(iter(kernel.candidates(inputs, outputs, ()).values()))
+    launch([*kernel.laid_out(inputs, launch.copied, ()), *outputs])
+    return found | {"kernel": outputs[0]}

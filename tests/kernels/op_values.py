@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from compare import EXACT, Bound
-from one_op import DEVICE
+from one_op import DEVICE, Arguments
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -27,6 +27,10 @@ class Case:
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     bound: Bound = EXACT
+
+    @property
+    def given(self) -> Arguments:
+        return self.args, self.kwargs
 
     def __str__(self) -> str:
         given = [_name(a) for a in (*self.args, *self.kwargs.values())]

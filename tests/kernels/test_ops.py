@@ -35,12 +35,12 @@ def complaints(case: Case) -> list[str]:
         eager = case.target(*case.args, **case.kwargs)
     except (RuntimeError, NotImplementedError) as refusal:
         return [f"{case}: eager refuses it: {refusal}"]
-    fusion = fusion_of(case.target, case.args, case.kwargs)
+    fusion = fusion_of(case.target, case.given)
     if fusion is None:
         return [f"{case}: opaque"]
-    read = [t for t in tensors_of(case.args, case.kwargs) if t.dtype.is_floating_point and t.dim()]
+    read = [t for t in tensors_of(case.given) if t.dtype.is_floating_point and t.dim()]
     magnitude = max((float(t[torch.isfinite(t)].abs().max()) for t in read if t.numel()), default=0.0)
-    ways = results(fusion, case.args, case.kwargs)
+    ways = results(fusion, case.given)
     found = {way: disagreement(ours, eager, case.bound, magnitude) for way, ours in ways.items()}
     return [f"{case} by {way}: {what}" for way, what in found.items() if what]
 
