@@ -44,8 +44,8 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
         "--fusion",
         nargs="+",
         choices=("unfused", "caller", "everywhere"),
-        default=["unfused", "caller", "everywhere"],
-        help="what runs as fused kernels: nothing, what the marker leaves (compile's default), or all; default: each",
+        help="what runs as fused kernels: nothing, what the marker leaves (compile's default), or all; default: each "
+        "(with AUXSTREAM_FUSION=off, nothing)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the inputs and delays")
     parser.add_argument("--json", type=_new_file, help="write the figures here")

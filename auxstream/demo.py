@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .bench.harness import device_time, machine
-from .lab import CONTEXT, Fusion, Lab, Row, Variant
+from .lab import CONTEXT, FUSIONS, Fusion, Lab, Row, Variant
 from .runtime.errors import InputError, SettingsError
 from .runtime.settings import SETTINGS
 
@@ -110,6 +110,7 @@ def run_demo(options: argparse.Namespace, console: Console) -> int:
     eager_replays, control_runs = min(replays, 100), min(replays, 20)
 
     _refuse_settings()
+    fusions: Sequence[Fusion] = options.fusion or (("unfused",) if SETTINGS.fusion == "off" else FUSIONS)
     if gpu and not torch.cuda.is_available():
         raise InputError("--device cuda needs a GPU", came="none", remedy="leave --device out: the simulated machine")
     console.print(
@@ -120,7 +121,7 @@ def run_demo(options: argparse.Namespace, console: Console) -> int:
         lab = Lab(size, layers, options.batch, context, device)
         progress.update(task, total=1, completed=1)
         variants: list[Variant] = []
-        for fusion in options.fusion:
+        for fusion in fusions:
             made = _variants(lab, fusion, replays, eager_replays, control_runs, progress)
             reference = (
                 lab.captured(Row("graph", "one", fusion), 0, aux=False)
@@ -130,7 +131,7 @@ def run_demo(options: argparse.Namespace, console: Console) -> int:
             compare(lab, reference, made, options.seed, progress)
             variants += made
         if gpu:
-            timed = measure(lab, options.fusion, options.rounds)
+            timed = measure(lab, fusions, options.rounds)
             for variant in variants:
                 if variant.row.control is None:
                     variant.row.us = timed[variant.row.mode, variant.row.streams, variant.row.fusion]
@@ -141,7 +142,7 @@ def run_demo(options: argparse.Namespace, console: Console) -> int:
         console.print(f"  {line}")
     if len(lab.regions) > 4:
         console.print(f"  ... and {len(lab.regions) - 4} more")
-    for fusion in options.fusion:
+    for fusion in fusions:
         console.print(_table([row for row in rows if row.fusion == fusion], _SAYS[fusion], "graph" if gpu else "eager"))
     failed = [row for row in rows if not row.passed]
     console.print(_conclusion(failed, rows[0]))

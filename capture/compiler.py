@@ -215,10 +215,10 @@ def _within(threshold: int | None, inputs: Sequence[Tensor]) -> bool:
 class _Dump:
     """Writes stages as text, if asked to."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: str | Path | None) -> None:
+        self._folder = None if folder is None else Path(folder)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, stage: str, text: str) -> None:
         if self._folder is not None:

@@ -40,7 +40,7 @@ class Options:
     verify: Verify = "error"
     token_threshold: int | None = None
     warmup: int = 2
-    dump_dir: Path | None = None
+    dump_dir: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -59,6 +59,8 @@ class Options:
                     f"malformed option {name}", expected="true or false", came=repr(getattr(self, name))
                 )
         parse_safety(self.fusion_safe, "option fusion_safe")
+        if self.dump_dir is not None and not isinstance(self.dump_dir, str | Path):  # pyright: ignore
+            raise SettingsError("malformed option dump_dir", expected="a folder", came=repr(self.dump_dir))
 
     @staticmethod
     def from_yaml(path: str | Path) -> Options:

@@ -41,7 +41,7 @@ def _is_short(node: Node) -> bool:
     value = call.source.meta.get("val")
     if not isinstance(value, Tensor) or value.dim() != 1 or value.dtype not in (torch.int32, torch.int64):
         return False
-    size = value.shape[0]
+    size: Any = value.shape[0]  # or a symbol
     plain = call.arguments["dim"] in (0, -1) and not call.arguments["descending"]
     picked = all(user.target is operator.getitem for user in node.users)
     return plain and picked and isinstance(size, int) and 2 <= size <= MOST_ELEMENTS

@@ -114,7 +114,12 @@ def parse_safety(text: str, where: str = "environment variable AUXSTREAM_FUSION_
     for entry in text.split(",") if text.strip() else ():
         glob, equals, value = entry.strip().partition("=")
         if not glob or (equals and value not in SAFETY_VALUES):
-            raise SettingsError(f"malformed {where}", expected=MEANING["AUXSTREAM_FUSION_SAFE"], came=repr(text))
+            raise SettingsError(
+                f"malformed {where}",
+                expected=MEANING["AUXSTREAM_FUSION_SAFE"],
+                came=repr(text),
+                remedy="write it like layers.*.shared=auto,layers.3.*=0, or leave it out",
+            )
         rules.append((glob, cast(Safety, value if equals else "1")))
     return tuple(rules)
 

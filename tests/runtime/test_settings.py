@@ -74,6 +74,7 @@ def test_malformed(name: str, value: str) -> None:
     assert name in text
     assert MEANING[meaning(name)] in text
     assert repr(value) in text
+    assert "remedy:" in text
 
 
 @pytest.mark.parametrize(
