@@ -85,7 +85,8 @@ class _Emitter:
             source = seen_through(node)
             assert source is not None, f"{node} is read before it is computed"
             value, columns = self._operand(user, source), column_slice(node)
-            value = value if columns is None else self.builder.columns(value, *columns)
+            if columns is not None and self.group.kinds[source] is Kind.FULL:
+                value = self.builder.columns(value, *columns)
             self.values[node] = self._as(value, self.group.kinds[node], width_of(node.meta["val"]))
         return self.values[node]
 

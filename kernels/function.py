@@ -6,7 +6,10 @@ Invariant: a tensor type's dynamic dimension is rows, and its last static one co
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
+
+COMBINERS: Final = ("arith.addf", "arith.addi", "arith.maximumf", "arith.minimumf", "arith.maxsi", "arith.minsi")
+"""What reductions combine elements by."""
 
 
 def operations(function: Any) -> list[Any]:
@@ -67,5 +70,9 @@ def accumulator_of(op: Any) -> Any:
 
 
 def combiner(op: Any) -> str:
-    """The scalar op that takes one more element in."""
-    return body_of(op)[-2].name
+    """The scalar op by which a reduction takes one more element in."""
+    last, accumulator = body_of(op)[-2], accumulator_of(op)
+    plain = sum(operand == accumulator for inner in body_of(op) for operand in inner.operands) == 1
+    assert last.name in COMBINERS, f"a reduction by {last.name}"
+    assert plain and accumulator in list(last.operands), f"a reduction that is more than {last.name}"
+    return last.name

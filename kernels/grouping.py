@@ -274,10 +274,9 @@ def _canonical_order(flow: Dataflow) -> list[Node]:
 
 def _domain(call: Call) -> tuple[tuple[Any, ...], int] | None:
     """The rows and columns an op walks over; None where it has no columns to walk, or their number is not known."""
-    reduces = call.node.target in REDUCING
-    value: Tensor = call.source.meta["val"] if reduces else call.value
+    value: Tensor = call.source.meta["val"] if call.node.target in REDUCING else call.value
     width = width_of(value)
-    if not isinstance(width, int) or (reduces and width == 1) or not value.dim():
+    if not isinstance(width, int) or (width == 1 and not is_elementwise(call)) or not value.dim():
         return None
     return row_dims(value), width
 

@@ -15,10 +15,11 @@ PIPELINE: Final = (
     "canonicalize",
     "cse",
     "linalg-fuse-elementwise-ops",
-    "canonicalize",
+    "resolve-ranked-shaped-type-result-dims",
     "cse",
 )
-"""What a fused group goes through, in order, each pass on every function."""
+"""What a fused group goes through, in order, each pass on every function. Nothing is canonicalised once producers have
+fused into reductions: a sum of negated elements would become a chain of subtractions, which is no sum to its readers."""
 
 
 class LoweringError(AuxstreamError):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .body import MLIR_TYPE
 from .expressions import FLOAT_PREDICATES, INTEGER_PREDICATES
-from .function import walks_rows, width_of
+from .function import combiner, walks_rows, width_of
 
 _DTYPE: Final = {name: dtype for dtype, name in MLIR_TYPE.items()} | {"index": torch.int64}
 
@@ -122,12 +122,12 @@ class _Evaluator:
         if "reduction" not in str(op.attributes["iterator_types"]):
             self._scalars(inner[:-1], names, op)
             return self._shaped(names[inner[-1].operands[0]], op)
-        combine = inner[-1].operands[0].owner
+        combine = combiner(op)
         self._scalars(inner[:-2], names, op)
-        value = names[next(operand for operand in combine.operands if operand != arguments[-1])]
-        if combine.name in ("arith.addf", "arith.addi"):
+        value = names[next(operand for operand in inner[-2].operands if operand != arguments[-1])]
+        if combine in ("arith.addf", "arith.addi"):
             return value.sum(dim=1, keepdim=True, dtype=value.dtype)
-        return value.amax(dim=1, keepdim=True) if "max" in combine.name else value.amin(dim=1, keepdim=True)
+        return value.amax(dim=1, keepdim=True) if "max" in combine else value.amin(dim=1, keepdim=True)
 
     def _shaped(self, value: Tensor, op: Any) -> Tensor:
         """A body's result over the whole domain of its generic."""
