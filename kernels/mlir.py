@@ -19,7 +19,7 @@ PIPELINE: Final = (
     "cse",
 )
 """What a fused group goes through, in order, each pass on every function. Nothing is canonicalised once producers have
-fused into reductions: a sum of negated elements would become a chain of subtractions, which is no sum to its readers."""
+fused into reductions: a sum of negated elements would become a chain of subtractions, no sum to whoever reads it."""
 
 
 class LoweringError(AuxstreamError):
