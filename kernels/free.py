@@ -8,6 +8,7 @@ or, over columns, its column's number times a whole step.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Final
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.fx import GraphModule, Node
 from .body import MLIR_TYPE, Number
 from .build import GroupBuilder, Value
 from .call import UNREAD, Call, aten
+from .shapes import static
 from .views import seen_through
 
 _FILLED: Final[dict[Any, Number | None]] = {
@@ -61,19 +63,18 @@ def free_value(builder: GroupBuilder, node: Node, width: Any) -> Value | None:
     return builder.iota(count, dtype, lambda body, column: body.add(body.mul(column, step), start))
 
 
-def settle_fills(gm: GraphModule) -> int:
+def settle_fills(gm: GraphModule, allowed: Callable[[Node], bool]) -> int:
     """Rewrite what fills "like" another tensor to say its shape itself, so that it no longer waits for that tensor.
 
-    Changes `gm` in place; returns how many nodes were rewritten.
+    Changes `gm` in place, which is to be recompiled afterwards; returns how many nodes were rewritten. `allowed` says
+    which nodes may be fused at all.
     """
-    found = [node for node in gm.graph.nodes if _fills_like(node)]
+    found = [node for node in gm.graph.nodes if _fills_like(node) and allowed(node)]
     for node in found:
         value: Tensor = node.meta["val"]
         node.args = (list(value.shape), _filling(node))
         node.kwargs = {"dtype": value.dtype, "device": value.device}
         node.target = aten.full.default
-    if found:
-        gm.recompile()
     return len(found)
 
 
@@ -82,7 +83,7 @@ def _fills_like(node: Node) -> bool:
     value = node.meta.get("val")
     if node.target not in UNREAD or _filling(node) is None or not isinstance(value, Tensor):
         return False
-    return all(isinstance(size, int) for size in value.shape) and value.is_contiguous()
+    return static(value.shape) and value.is_contiguous()
 
 
 def _origin(node: Node) -> Node:

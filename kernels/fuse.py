@@ -85,7 +85,7 @@ def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = (), trial: bool = T
         allowed = _marker(safety, trial)
         slice_parts(gm, allowed)
         count_short_sorts(gm, allowed)
-        settle_fills(gm)
+        settle_fills(gm, allowed)
         flow = Dataflow.of(gm)
         if functionalise_locals(flow, allowed) + unroll_row_sums(flow, allowed):
             flow = Dataflow.of(gm)

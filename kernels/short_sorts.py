@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from .call import Call, aten
 from .derive import derived
+from .shapes import static
 
 MOST_ELEMENTS: Final = 64
 _SORTS: Final = (aten.sort.default, aten.sort.stable)
@@ -26,13 +27,13 @@ _EMPTY: Final = (aten.empty_like.default, aten.new_empty.default, aten.empty.mem
 
 
 def count_short_sorts(gm: GraphModule, allowed: Callable[[Node], bool]) -> int:
-    """Rewrite `gm` in place; returns how many sorts were rewritten. `allowed` says which nodes may be fused at all."""
+    """Rewrite `gm` in place; returns how many sorts were rewritten. `allowed` says which nodes may be fused at all.
+
+    The module is to be recompiled afterwards.
+    """
     found = [node for node in gm.graph.nodes if node.target in _SORTS and _is_short(node) and allowed(node)]
     for node in found:
-        _rewrite(node)
-    if found:
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
+        _rewrite(node, allowed)
     return len(found)
 
 
@@ -43,11 +44,11 @@ def _is_short(node: Node) -> bool:
         return False
     size: Any = value.shape[0]  # or a symbol
     plain = call.arguments["dim"] in (0, -1) and not call.arguments["descending"]
-    picked = all(user.target is operator.getitem for user in node.users)
-    return plain and picked and isinstance(size, int) and 2 <= size <= MOST_ELEMENTS
+    picked = all(user.target is operator.getitem and user.args[1] in (0, 1) for user in node.users)
+    return plain and picked and static((size,)) and 2 <= size <= MOST_ELEMENTS
 
 
-def _rewrite(sort: Node) -> None:
+def _rewrite(sort: Node, allowed: Callable[[Node], bool]) -> None:
     values: Node = Call.of(sort).source
     value: Tensor = values.meta["val"]
 
@@ -70,9 +71,13 @@ def _rewrite(sort: Node) -> None:
     ordered = new("values", aten.index.Tensor, values, [indices])
     for user in list(sort.users):
         if user.args[1] == 1:
-            for inverse in [other for other in user.users if _is_inverse(other, user)]:
+            # One only: two would share the memory of `rank`, and somebody may write to either.
+            for inverse in [other for other in user.users if _is_inverse(other, user) and allowed(other)][:1]:
                 inverse.replace_all_uses_with(rank)
-                inverse.graph.erase_node(inverse)
+                given = Call.of(inverse).arguments
+                for unread in (inverse, given["self"], given["values"]):
+                    if not unread.users:
+                        unread.graph.erase_node(unread)
         user.replace_all_uses_with(indices if user.args[1] == 1 else ordered)
         user.graph.erase_node(user)
     sort.graph.erase_node(sort)
