@@ -142,13 +142,19 @@ def run_demo(options: argparse.Namespace, console: Console) -> int:
         console.print(f"  {line}")
     if len(lab.regions) > 4:
         console.print(f"  ... and {len(lab.regions) - 4} more")
+    for line in lab.fusing:
+        console.print(f"fused, {line}")
     for fusion in fusions:
         console.print(_table([row for row in rows if row.fusion == fusion], _SAYS[fusion], "graph" if gpu else "eager"))
     failed = [row for row in rows if not row.passed]
     console.print(_conclusion(failed, rows[0]))
     if options.json:
         document = {"machine": machine(), "layers": layers, "size": size, "batch": options.batch, "seed": options.seed}
-        document |= {"regions": lab.regions, "rows": [asdict(row) | {"passed": row.passed} for row in rows]}
+        document |= {
+            "regions": lab.regions,
+            "fusing": lab.fusing,
+            "rows": [asdict(row) | {"passed": row.passed} for row in rows],
+        }
         options.json.write_text(json.dumps(document, indent=2) + "\n")
     return 1 if failed else 0
 

@@ -7,6 +7,7 @@ captured, on one stream or two, fused or not, whole or with one safety taken out
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -94,14 +95,20 @@ class Lab:
         mark_multi_stream_moe_shared_experts(self.traced.graph_module)
         self.regions: list[str] = []
         self.fused: dict[Fusion, GraphModule] = {"unfused": self.traced.graph_module}
+        self.fusing: list[str] = []
 
     def base(self, fusion: Fusion) -> GraphModule:
         """The marked graph, fused that far."""
         if fusion not in self.fused:
-            module = _copied(self.traced.graph_module)
+            module, start = _copied(self.traced.graph_module), time.perf_counter()
             report = fuse_elementwise(module, safe=(("*", "1"),) if fusion == "everywhere" else ())
+            fused = time.perf_counter()
             compile_ahead(report.fusions)
+            compiled = time.perf_counter()
             self.fused[fusion] = module
+            self.fusing.append(
+                f"{fusion}: {report.summary}; {fused - start:.2f} s, and {compiled - fused:.2f} s to compile or load"
+            )
         return self.fused[fusion]
 
     def module(

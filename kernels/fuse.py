@@ -48,12 +48,15 @@ class FusionReport:
     mlir: str
     """The graph as an MLIR module, and the kernels' own modules."""
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """How much was fused, in one line."""
         ops = sum(len(fusion.group.nodes) for fusion in self.fusions)
         kernels = len({fusion.spec for fusion in self.fusions})
-        lines = [
-            f"fused {ops} ops into {len(self.fusions)} launches of {kernels} kernels; folded {self.folded} constants"
-        ]
+        return f"{ops} ops in {len(self.fusions)} launches of {kernels} kernels, {self.folded} constants folded"
+
+    def __str__(self) -> str:
+        lines = [self.summary]
         lines += [f"  region {name}: fused kernels {_SAYS[value]}" for name, value in self.safety.items()]
         return "\n".join([*lines, *(f"  {fusion}" for fusion in self.fusions)])
 
