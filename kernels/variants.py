@@ -42,17 +42,24 @@ def variants(width: int, rows: int, *, reduces: bool, flat: bool) -> list[Varian
     return _resident(rows, whole)
 
 
+_FEW = 256 * 132
+"""Elements that leave a large GPU idle in tiles of the usual size: there latency counts, and small tiles win."""
+
+
 def _flat(elements: int) -> list[Variant]:
-    small, large = ((128, 4), (256, 4), (256, 8), (128, 1)), ((1024, 4), (2048, 4), (4096, 8), (512, 4))
-    return [Variant("flat", 1, block, warps) for block, warps in (small if elements <= 256 * 132 else large)]
+    few, many = ((128, 4), (256, 4), (256, 8), (128, 1)), ((1024, 4), (2048, 4), (4096, 8), (512, 4))
+    return [Variant("flat", 1, block, warps) for block, warps in (few if elements <= _FEW else many)]
 
 
 def _blocks(width: int, rows: int, whole: int) -> list[Variant]:
-    block = min(whole, 1024)
-    together = max(1, min(next_power_of_two(rows), 1024 // block))
+    few = rows * width <= _FEW
+    most = 256 if few else 1024
+    block = min(whole, most)
+    together = max(1, min(next_power_of_two(rows), most // block))
     found = [Variant("blocks", together, block, 4)]
-    if whole > 1024:
-        found += [Variant("blocks", 1, 2048, 4), Variant("blocks", 1, 512, 4)]
+    if whole > most:
+        found += [Variant("blocks", 1, 2 * most, 4), Variant("blocks", 1, most // 2, 4)]
+        found += [Variant("blocks", 1, most, 8)] if few else []
     elif rows > together:
         found += [Variant("blocks", together * 2, block, 4)]
     return found
