@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .expressions import expression, literal
+from .expressions import TRITON_TYPE, expression, literal
 from .function import (
     accumulator_of,
     body_of,
@@ -191,6 +191,9 @@ class Values:
                     text = self.fresh()
                     self.lines.append(f"{text} = {expression(op, [self._name(x, names) for x in op.operands])}")
             names[op.results[0]] = text
+        if getattr(wanted.owner, "name", "") == "arith.constant":  # a tile of its own, for there may be no other
+            tile = "(1,)" if self.dense else "(1, 1)"
+            return f"tl.full({tile}, {self._name(wanted, names)}, {TRITON_TYPE[str(wanted.type)]})"
         return self._name(wanted, names)
 
     def _name(self, value: Any, names: Mapping[Any, str]) -> str:
