@@ -21,10 +21,10 @@ def _data(x: Any) -> Any:
     return x.handle.data if isinstance(x, tl.core.tensor) else x
 
 
-def _tensor(data: np.ndarray, dtype: Any) -> Any:
-    return tl.core.tensor(
-        TensorHandle(data, dtype), tl.core.block_type(dtype, list(data.shape)) if data.shape else dtype
-    )
+def _tensor(data: np.ndarray, dtype: Any, *operands: Any) -> Any:
+    """A tensor computed from `operands`: a tile, or a scalar if they are (the interpreter keeps arrays of both)."""
+    tiled = any(isinstance(x, tl.core.tensor) and x.type.is_block() for x in operands)
+    return tl.core.tensor(TensorHandle(data, dtype), tl.core.block_type(dtype, list(data.shape)) if tiled else dtype)
 
 
 def _of_torch(compute: Callable[..., torch.Tensor]) -> Callable[..., Any]:
@@ -36,7 +36,7 @@ def _of_torch(compute: Callable[..., torch.Tensor]) -> Callable[..., Any]:
             return compute(*(torch.tensor(x) for x in operands)).item()
         arrays = np.broadcast_arrays(*map(_data, operands))
         given = [torch.from_numpy(np.array(array, dtype=_data(like).dtype)) for array in arrays]
-        return _tensor(compute(*given).numpy(), like.dtype.scalar)
+        return _tensor(compute(*given).numpy(), like.dtype.scalar, *operands)
 
     return run
 
@@ -75,20 +75,20 @@ rem_trunc = _of_torch(lambda x, y: torch.fmod(x, torch.where(y == 0, 1, y)))
 
 def to_f32(x: Any) -> Any:
     if x.dtype.scalar != tl.bfloat16:
-        return _tensor(np.array(_data(x), dtype=np.float32), tl.float32)
+        return _tensor(np.array(_data(x), dtype=np.float32), tl.float32, x)
     bits = torch.from_numpy(np.array(_data(x)).view(np.int16))
-    return _tensor(bits.view(torch.bfloat16).to(torch.float32).numpy(), tl.float32)
+    return _tensor(bits.view(torch.bfloat16).to(torch.float32).numpy(), tl.float32, x)
 
 
 def to_bf16(x: Any) -> Any:
     """The interpreter keeps bfloat16 as bits; its own cast truncates, and flushes what is subnormal."""
     rounded = torch.from_numpy(np.array(_data(x))).to(torch.bfloat16)
-    return _tensor(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+    return _tensor(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16, x)
 
 
 def to_f16(x: Any) -> Any:
     with np.errstate(over="ignore"):
-        return _tensor(np.array(_data(x)).astype(np.float16), tl.float16)
+        return _tensor(np.array(_data(x)).astype(np.float16), tl.float16, x)
 
 
 def row_sum(x: Any) -> Any:
@@ -97,8 +97,8 @@ def row_sum(x: Any) -> Any:
 
 
 def row_max(x: Any) -> Any:
-    return _tensor(np.max(_data(x), axis=1, keepdims=True), x.dtype.scalar)  # numpy's max and min carry NaN
+    return _tensor(np.max(_data(x), axis=1, keepdims=True), x.dtype.scalar, x)  # numpy's max and min carry NaN
 
 
 def row_min(x: Any) -> Any:
-    return _tensor(np.min(_data(x), axis=1, keepdims=True), x.dtype.scalar)
+    return _tensor(np.min(_data(x), axis=1, keepdims=True), x.dtype.scalar, x)

@@ -125,6 +125,8 @@ class _Evaluator:
         combine = combiner(op)
         self._scalars(inner[:-2], names, op)
         value = names[next(operand for operand in inner[-2].operands if operand != arguments[-1])]
+        # Passes may have made it the same for all rows or columns, which is no reason to add it up once.
+        value = value.expand(self.rows, max(width_of(operand.type) for operand in op.operands))
         if combine in ("arith.addf", "arith.addi"):
             return value.sum(dim=1, keepdim=True, dtype=value.dtype)
         return value.amax(dim=1, keepdim=True) if "max" in combine else value.amin(dim=1, keepdim=True)

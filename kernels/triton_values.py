@@ -63,6 +63,8 @@ class Values:
         self.accesses = accesses
         self.dense = dense
         """Whether operands are walked as one dimension, `start + col`."""
+        self.tile = "(1,)" if dense else "(1, 1)"
+        """The shape of a value that is the same everywhere."""
         self.outer: list[str] = []
         self.lines = self.outer
         self.known: dict[Any, str] = {}
@@ -131,8 +133,10 @@ class Values:
 
     def address(self, name: str, type: Any, point: Point) -> str:
         """The pointers of an operand at a point."""
+        if not shape_of(type):
+            return f"{name} + tl.zeros({self.tile}, tl.int32)"  # a tile of one, for all values are tiles
         if self.dense:
-            return f"{name} + start + col" if shape_of(type) else name
+            return f"{name} + start + col"
         access, terms = self.accesses[name], [name]
         if over_rows(type):
             terms += _row_terms(name, access.levels, point.row)
@@ -192,8 +196,7 @@ class Values:
                     self.lines.append(f"{text} = {expression(op, [self._name(x, names) for x in op.operands])}")
             names[op.results[0]] = text
         if getattr(wanted.owner, "name", "") == "arith.constant":  # a tile of its own, for there may be no other
-            tile = "(1,)" if self.dense else "(1, 1)"
-            return f"tl.full({tile}, {self._name(wanted, names)}, {TRITON_TYPE[str(wanted.type)]})"
+            return f"tl.full({self.tile}, {self._name(wanted, names)}, {TRITON_TYPE[str(wanted.type)]})"
         return self._name(wanted, names)
 
     def _name(self, value: Any, names: Mapping[Any, str]) -> str:
