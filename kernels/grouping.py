@@ -20,11 +20,12 @@ from .build import Kind
 from .call import Call
 from .dataflow import Dataflow
 from .free import FREE, is_free
+from .geometry import layout
 from .lower import fusible, is_elementwise, launches_twice
 from .meet import rows_meet, walked
 from .reach import Reach, region_of
 from .rowwise import CONCATENATION, REDUCING, ROW_RESULT
-from .shapes import memory_order, product, row_dims, same, width_of
+from .shapes import memory_order, product, row_dims, same, static, width_of
 from .views import seen_as, seen_through
 
 MOST_OPERANDS = 40
@@ -116,7 +117,7 @@ class _Finder:
         if settled or node.target in FREE or not fusible(node) or not self.allowed(node):
             return False
         empty = any(same(size, 0) for size in walked(Call.of(node)))
-        return not empty and memory_order(node.meta["val"]) is not None
+        return not empty and _is_writable(node.meta["val"])
 
     def _look_through(self, view: Node, source: Node) -> None:
         group = self.group.get(source)
@@ -270,6 +271,16 @@ def _canonical_order(flow: Dataflow) -> list[Node]:
     for before in flow.predecessors:
         depth.append(1 + max((depth[other] for other in before), default=0))
     return sorted(flow.nodes, key=lambda node: (depth[flow.index[node]], node.name))
+
+
+def _is_writable(value: Tensor) -> bool:
+    """Whether a kernel can write a tensor that lies like this: dense, its rows in few levels."""
+    if memory_order(value) is None:
+        return False
+    if not static(value.shape):
+        return True  # contiguous, so one level
+    shape, strides = tuple(value.shape), value.stride()
+    return all(layout(shape, strides, shape, columns=columns) is not None for columns in (True, False))
 
 
 def _domain(call: Call) -> tuple[tuple[Any, ...], int] | None:

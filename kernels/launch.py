@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import hashlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -164,8 +165,12 @@ class FusedKernel:
             return first
         if first.copied:
             inputs = self.laid_out(inputs, first.copied, sizes)
-        key = f"{self.spec.name}-{'-'.join(map(str, first.numbers))}-{device_name(inputs[0].device)}"
+        key = self.choice_key(first.numbers, device_name(inputs[0].device))
         return choose(key, launches, [*inputs, *outputs])
+
+    def choice_key(self, numbers: Sequence[int], device: str) -> str:
+        """A file name for the choice among launches with these numbers, of which forty operands have hundreds."""
+        return f"{self.spec.name}-{hashlib.sha256(repr(tuple(numbers)).encode()).hexdigest()[:12]}-{device}"
 
     def candidates(
         self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], sizes: Sequence[int]

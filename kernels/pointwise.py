@@ -95,10 +95,6 @@ def _rounds(call: Call, terms: Terms) -> bool:
     return call.arguments["rounding_mode"] is not None and _no_zero(call, terms)
 
 
-def _inert(call: Call, terms: Terms) -> bool:
-    return not call.arguments["train"] or call.arguments["p"] == 0
-
-
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -131,8 +127,8 @@ def _logical(name: str) -> Pointwise:
     return _truth(lambda b, x, y: b.binary(f"arith.{name}i", b.convert(x, "i1"), b.convert(y, "i1")))
 
 
-def _same(**refusal: Any) -> Pointwise:
-    return Pointwise(lambda b, x, **_: x, **refusal)
+def _same() -> Pointwise:
+    return Pointwise(lambda b, x, **_: x)
 
 
 def _rows() -> Iterator[tuple[str, Pointwise]]:
@@ -210,7 +206,6 @@ def _rows() -> Iterator[tuple[str, Pointwise]]:
         "to.dtype_layout": _same(),
         "_to_copy": _same(),
         "type_as": _same(),
-        "dropout": _same(admits=_inert),
     }.items()
 
 
@@ -252,7 +247,6 @@ POINTWISE: Final[Mapping[Any, Pointwise]] = _table()
 CASTS: Final = frozenset(
     {
         aten.clone.default,
-        aten.dropout.default,
         aten.to.dtype,
         aten.to.dtype_layout,
         aten._to_copy.default,

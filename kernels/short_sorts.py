@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .call import Call, aten
+from .dataflow import Dataflow
 from .derive import derived
 from .shapes import static
 
@@ -32,8 +33,10 @@ def count_short_sorts(gm: GraphModule, allowed: Callable[[Node], bool]) -> int:
     The module is to be recompiled afterwards.
     """
     found = [node for node in gm.graph.nodes if node.target in _SORTS and _is_short(node) and allowed(node)]
-    for node in found:
-        _rewrite(node, allowed)
+    if found:
+        flow = Dataflow.of(gm)
+        for node in found:
+            _rewrite(node, flow, allowed)
     return len(found)
 
 
@@ -48,7 +51,7 @@ def _is_short(node: Node) -> bool:
     return plain and picked and static((size,)) and 2 <= size <= MOST_ELEMENTS
 
 
-def _rewrite(sort: Node, allowed: Callable[[Node], bool]) -> None:
+def _rewrite(sort: Node, flow: Dataflow, allowed: Callable[[Node], bool]) -> None:
     values: Node = Call.of(sort).source
     value: Tensor = values.meta["val"]
 
@@ -72,7 +75,7 @@ def _rewrite(sort: Node, allowed: Callable[[Node], bool]) -> None:
     for user in list(sort.users):
         if user.args[1] == 1:
             # One only: two would share the memory of `rank`, and somebody may write to either.
-            for inverse in [other for other in user.users if _is_inverse(other, user) and allowed(other)][:1]:
+            for inverse in [other for other in user.users if _is_inverse(other, user, flow) and allowed(other)][:1]:
                 inverse.replace_all_uses_with(rank)
                 given = Call.of(inverse).arguments
                 for unread in (inverse, given["self"], given["values"]):
@@ -83,8 +86,8 @@ def _rewrite(sort: Node, allowed: Callable[[Node], bool]) -> None:
     sort.graph.erase_node(sort)
 
 
-def _is_inverse(node: Node, indices: Node) -> bool:
-    """Whether a node writes 0, 1, 2, ... through the indices into a tensor of its own."""
+def _is_inverse(node: Node, indices: Node, flow: Dataflow) -> bool:
+    """Whether a node writes 0, 1, 2, ... through the indices into a tensor of its own; neither is written to itself."""
     if node.target not in (aten.index_put_.default, aten.index_put.default):
         return False
     given = Call.of(node).arguments
@@ -93,4 +96,6 @@ def _is_inverse(node: Node, indices: Node) -> bool:
     counts = places.target is aten.arange.default and len(places.args) == 1
     alike = node.meta["val"].shape == indices.meta["val"].shape == places.meta["val"].shape
     dtypes = {node.meta["val"].dtype, places.meta["val"].dtype} == {torch.int64}
-    return fresh and counts and alike and dtypes and list(given["indices"]) == [indices] and not given["accumulate"]
+    steady = not (flow.storages[indices] | flow.storages[places]) & flow.rewritten()
+    plain = list(given["indices"]) == [indices] and not given["accumulate"]
+    return fresh and counts and alike and dtypes and steady and plain

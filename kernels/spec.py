@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..runtime.errors import InputError
 from .geometry import Layout, layout, table_layout
 
 GENERATOR: int = 1
@@ -45,6 +46,14 @@ class Operand:
 
     def __str__(self) -> str:
         return f"{str(self.dtype)[6:]}[{', '.join(map(str, self.used))}] as {self.role}"
+
+    def takes(self, tensor: Tensor, sizes: Sequence[int]) -> bool:
+        """Whether a tensor can be broadcast to the shape this operand is used in."""
+        used, shape = sized(self.used, sizes), tuple(tensor.shape)
+        if self.role == "table":
+            return shape == used
+        wanted = (1,) * (len(shape) - len(used)) + used[max(0, len(used) - len(shape)) :]
+        return all(size in (1, want) for size, want in zip(shape, wanted, strict=True))
 
     def in_rows(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
         """The tensor as [rows, columns], with 1 for rows or columns it does not vary over."""
@@ -114,9 +123,19 @@ class KernelSpec:
         return math.prod(sized(self.rows, sizes))
 
     def layouts(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Layout | None]:
-        """How each operand lies in memory; None for one that must be copied first."""
+        """How each operand lies in memory; None for one that must be copied first.
+
+        Raises InputError for an input of another shape: a kernel would read memory that is not the tensor's.
+        """
         found: list[Layout | None] = []
         for operand, tensor in zip(self.inputs, inputs, strict=True):
+            if not operand.takes(tensor, sizes):
+                raise InputError(
+                    f"fused kernel {self.name} was made for inputs of another shape",
+                    expected=f"what broadcasts to {sized(operand.used, sizes)}",
+                    came=str(tuple(tensor.shape)),
+                    remedy="call the graph with the shapes it was traced with, or trace it again",
+                )
             if operand.role == "table":
                 found.append(table_layout(tensor.stride() if tensor.dim() == 2 else (tensor.stride(0), 1)))
             else:

@@ -141,7 +141,8 @@ class Values:
         if over_rows(type):
             terms += _row_terms(name, access.levels, point.row)
         if over_columns(type):
-            terms.append(point.column if access.unit else f"{point.column} * {name}_c")
+            # Columns far apart may lie more than 2**31 elements behind the first.
+            terms.append(point.column if access.unit else f"{point.column}.to(tl.int64) * {name}_c")
         elif over_rows(type) and not access.levels:
             terms.append("tl.zeros((ROWS, 1), tl.int32)")  # one row, and still a pointer per row
         return " + ".join(terms)

@@ -89,9 +89,13 @@ class _Chain:
         return [self._new(aten.select.int, (source, -2, k), f"row{k}") for k in range(count)]
 
     def _steady(self, gathered: Node) -> bool:
-        """Whether nothing writes, behind the gather, to what it reads: it will be read where the sum stands."""
-        read, before = self.flow.reads[gathered], self.flow.ancestors[self.flow.index[gathered]]
-        return not any(self.flow.writes[node] & read and not before >> i & 1 for i, node in enumerate(self.flow.nodes))
+        """Whether nothing writes, behind the gather, to what it reads, which will be read where the sum stands, nor to
+        what it makes, which will not be made."""
+        touched = self.flow.reads[gathered] | self.flow.storages[gathered] | self.flow.storages[self.call.source]
+        before = self.flow.ancestors[self.flow.index[gathered]]
+        return not any(
+            self.flow.writes[node] & touched and not before >> i & 1 for i, node in enumerate(self.flow.nodes)
+        )
 
     def _cast(self, node: Node, dtype: torch.dtype) -> Node:
         if node.meta["val"].dtype == dtype:

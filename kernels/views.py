@@ -36,7 +36,7 @@ _IN_ORDER: Final = frozenset(
 )
 """Ops that keep the logical order of elements, whatever the strides."""
 _PERMUTING: Final = frozenset({aten.transpose.int, aten.permute.default, aten.t.default})
-_VIEWS: Final = _IN_ORDER | _PERMUTING | {aten.expand.default, aten.slice.Tensor}
+_VIEWS: Final = _IN_ORDER | _PERMUTING | {aten.expand.default, aten.slice.Tensor, aten.dropout.default}
 _CASTING: Final = frozenset({aten.to.dtype, aten.type_as.default, aten.to.dtype_layout})
 
 
@@ -45,9 +45,10 @@ def seen_through(node: Node) -> Node | None:
     if node.op != "call_function" or (node.target not in _VIEWS and node.target not in _CASTING):
         return None
     call = Call.of(node)
-    source = call.arguments["self"]
-    before = source.meta.get("val") if isinstance(source, Node) else None
-    after = node.meta.get("val")
+    if node.target is aten.dropout.default and call.arguments["train"] and call.arguments["p"] != 0:
+        return None  # else it returns its input, memory and all
+    source = call.source
+    before, after = source.meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return None
     if node.target in _CASTING and (

@@ -120,7 +120,6 @@ def _functions() -> Iterator[Case]:
         yield Case(aten.leaky_relu.default, (values(dtype, 1), 0.1))
         yield Case(aten.elu.default, (values(dtype, 1), 0.3, 1.1, 0.9), {}, FUNCTION)
         yield Case(aten.hardtanh.default, (values(dtype, 1), -0.3, 1.1))
-        yield Case(aten.dropout.default, (values(dtype, 1), 0.3, False))
     for name in ("elu", "leaky_relu", "hardswish", "hardsigmoid"):
         yield from _unary(name, FLOATS, FUNCTION if name == "elu" else EXACT)
     for name in ("relu", "relu6"):
