@@ -77,6 +77,12 @@ def test_an_inverse_through_indices_that_were_written_to_stays() -> None:
     agrees(body, torch.tensor([3, 1, 2, 0, 7, 5, 6, 4], device=DEVICE))
 
 
+def test_a_short_sum_keeps_its_strides() -> None:
+    x = drawn(8, 4, 2).transpose(0, -1)
+    agrees(lambda x: x.sum(-2), x)
+    agrees(lambda x: x.sum(-2).bfloat16().sum(-1), x)
+
+
 # --- operands that lie oddly ------------------------------------------------------------------------------------------
 
 
