@@ -116,6 +116,8 @@ class _Finder:
         settled = (self.flow.constants | self.flow.symbolic) >> self.flow.index[node] & 1
         if settled or node.target in FREE or not fusible(node) or not self.allowed(node):
             return False
+        if any(self.flow.owner[storage] is not node for storage in self.flow.storages[node]):
+            return False  # what it returns may be memory of another: whoever writes to that must be seen
         empty = any(same(size, 0) for size in walked(Call.of(node)))
         return not empty and _is_writable(node.meta["val"])
 

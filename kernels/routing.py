@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 
 from .dataflow import Dataflow, positions
 
+_NO_EXPERTS: Final = ("aten", "auxstream_fused")
+"""Namespaces whose ops are no mixture of experts, whatever weights they read: the second holds fused row kernels."""
 MARKED = "auxstream_marked"
 """Key of `gm.meta`: the marker has seen this graph."""
 
@@ -52,8 +54,8 @@ class Weights:
                 products |= 1 << position
             if not pointwise and (experts or any(a in picked for a in node.all_input_nodes)):
                 stacked |= 1 << position
-            aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"
-            if not aten and len({flow.storages[a] for a in experts}) >= 2:
+            known = isinstance(node.target, OpOverload) and node.target.namespace in _NO_EXPERTS
+            if not known and len({flow.storages[a] for a in experts}) >= 2:
                 opaque |= 1 << position
         return Weights(products, stacked, opaque)
 
