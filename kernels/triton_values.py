@@ -166,6 +166,7 @@ class Values:
         *rows, col = (self._name(index, names) for index in indices)  # a vector has no rows
         terms = [name, *(term for row in rows for term in _row_terms(name, access.levels, row))]
         terms.append(col if access.unit else f"{col} * {name}_c")
+        terms.append("tl.zeros((1, 1), tl.int32)")  # passes may make every index a constant; masks are tiles
         limits = zip((*rows, col), shape_of(source.type), strict=True)
         known = [f"({at} >= 0) & ({at} < {size})" for at, size in limits if size != "?"]
         result, legal, here = self.fresh("x"), self.fresh(), self.mask(op.parent.results[0].type, point)

@@ -91,6 +91,11 @@ def test_a_result_whose_rows_take_many_levels(rank: int) -> None:
     agrees(lambda x: (x * 2 + 1).relu(), drawn(*(2 + i % 2 for i in range(rank))).permute(*reversed(range(rank))))
 
 
+def test_an_index_that_passes_make_a_constant() -> None:
+    agrees(lambda table, x: table[x % 1] + 1, drawn(1), torch.arange(1, device=DEVICE))
+    agrees(lambda table, x: table[x % 1] * 2 + 1, drawn(1), torch.arange(4, device=DEVICE))
+
+
 def test_columns_may_lie_far_apart() -> None:
     far = 2**30 + 16
     base = torch.empty(2 * far + 8, dtype=torch.int8, device=DEVICE)  # of which six bytes are touched
