@@ -38,12 +38,13 @@ TIES = Bound(zero_signs=False)
 
 def disagreement(ours: Tensor, eager: Tensor, bound: Bound = EXACT, magnitude: float = 0.0) -> str | None:
     """What is wrong with a result, in words; None if nothing is. `magnitude` is that of the operands."""
-    if (ours.dtype, ours.shape, ours.stride()) != (eager.dtype, eager.shape, eager.stride()):
-        return (
-            f"{ours.dtype} {tuple(ours.shape)} {ours.stride()} for {eager.dtype} {tuple(eager.shape)} {eager.stride()}"
-        )
+    form, wanted = ((x.dtype, tuple(x.shape), _strides(x)) for x in (ours, eager))
+    if form != wanted:
+        return f"dtype, shape and strides are {form}, eager has {wanted}"
     if not eager.dtype.is_floating_point:
         return _first(ours, eager, ours != eager, "differs")
+    if bool((ours.isnan() != eager.isnan()).any()):
+        return _first(ours, eager, ours.isnan() != eager.isnan(), "is NaN or not")
     special = ~torch.isfinite(eager) | ~torch.isfinite(ours)
     same = (ours == eager) | (ours.isnan() & eager.isnan())
     if not bound.subnormal:
@@ -62,6 +63,11 @@ def disagreement(ours: Tensor, eager: Tensor, bound: Bound = EXACT, magnitude: f
     if len(eager[apart > 0].unique()) > bound.share * len(eager.unique()):
         return _first(ours, eager, apart > 0, "is one of too many that differ")
     return _first(ours, eager, apart > bound.ulp, "is too many ulp off")
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Of the dimensions one can walk along."""
+    return tuple(stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
 
 
 def _ordered(x: Tensor) -> Tensor:

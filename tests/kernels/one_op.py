@@ -68,11 +68,15 @@ def bundle_of(calls: Sequence[tuple[Any, Arguments]]) -> Fusion:
     return emit(Group(nodes, kinds, frozenset(), frozenset(), tuple(rows), width, None, nodes))
 
 
+def inputs_of(fusion: Fusion, given: Arguments) -> list[Tensor]:
+    """The tensors among arguments that a kernel reads, in its order."""
+    by_name = {f"x{i}": tensor for i, tensor in enumerate(tensors_of(given))}
+    return [by_name[node.name] for node in fusion.inputs]
+
+
 def results(fusion: Fusion, given: Arguments) -> dict[str, Tensor]:
     """The kernel's result, by way: of its variants the likeliest."""
-    by_name = {f"x{i}": tensor for i, tensor in enumerate(tensors_of(given))}
-    inputs = [by_name[node.name] for node in fusion.inputs]
-    kernel = kernel_of(fusion.spec)
+    inputs, kernel = inputs_of(fusion, given), kernel_of(fusion.spec)
     found: dict[str, Tensor] = {}
     if "reference" in WAYS:
         (found["reference"],) = kernel.reference(inputs, ())

@@ -5,19 +5,24 @@ A row without a case, and a case whose op turns out opaque, fail.
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from compare import EXACT, disagreement
-from one_op import fusion_of, results, tensors_of
+from one_op import DEVICE, fusion_of, inputs_of, results, tensors_of
 from op_values import Case
 from pointwise_cases import pointwise_cases
 from rowwise_cases import rowwise_cases
 
+from auxstream.kernels.launch import kernel_of
 from auxstream.kernels.lower import BY_ROWS
 from auxstream.kernels.pointwise import POINTWISE
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of lanes behind a mask
 
 
 def by_target() -> Iterator[tuple[str, list[Case]]]:
@@ -27,6 +32,26 @@ def by_target() -> Iterator[tuple[str, list[Case]]]:
 
 
 GROUPS = dict(by_target())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_side_by_side() -> None:
+    """On a GPU, where one after the other would take as many minutes as there are hundreds of cases."""
+    if DEVICE == "cuda":
+        launches = [launch for group in GROUPS.values() for case in group for launch in prepared(case)]
+        with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
+            for done in [pool.submit(launch.compile, dtypes) for launch, dtypes in launches]:
+                done.result()
+
+
+def prepared(case: Case) -> Iterator[tuple[Any, list[torch.dtype]]]:
+    fusion = fusion_of(case.target, case.given)
+    if fusion is not None:
+        inputs = inputs_of(fusion, case.given)
+        kernel = kernel_of(fusion.spec)
+        outputs = kernel.fake(inputs, ())
+        launch = next(iter(kernel.candidates(inputs, outputs, ()).values()))
+        yield launch, [tensor.dtype for tensor in (*inputs, *outputs)]
 
 
 def complaints(case: Case) -> list[str]:
