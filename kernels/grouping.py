@@ -97,6 +97,7 @@ class _Finder:
         self.all: list[_Growing] = []
         self.order = _canonical_order(flow)
         self.reach = Reach(flow)
+        self.rewritten = flow.rewritten()
 
     def visit(self, node: Node) -> None:
         source = seen_through(node)
@@ -231,7 +232,7 @@ class _Finder:
         return [node for node in group.members if node in read]
 
     def _free(self, group: _Growing) -> frozenset[Node]:
-        return frozenset(a for a in group.inputs() if is_free(a) and not self.flow.storages[a] & self.flow.rewritten())
+        return frozenset(a for a in group.inputs() if is_free(a) and not self.flow.storages[a] & self.rewritten)
 
     def groups(self, least: int) -> list[Group]:
         """The groups worth a kernel: those that replace at least that many nodes, and of which something is read."""
