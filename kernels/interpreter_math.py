@@ -23,7 +23,7 @@ def _data(x: Any) -> Any:
 
 def _tensor(data: np.ndarray, dtype: Any, *operands: Any) -> Any:
     """A tensor computed from `operands`: a tile, or a scalar if they are (the interpreter keeps arrays of both)."""
-    tiled = any(isinstance(x, tl.core.tensor) and x.type.is_block() for x in operands)
+    tiled = any(isinstance(x, tl.core.tensor) and x.type != x.dtype.scalar for x in operands)
     return tl.core.tensor(TensorHandle(data, dtype), tl.core.block_type(dtype, list(data.shape)) if tiled else dtype)
 
 

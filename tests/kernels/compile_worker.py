@@ -92,10 +92,10 @@ def of_ops(per_kernel: int = 12) -> Iterator[dict[str, Any]]:
     cases = _first(pointwise_cases())
     for start in range(0, len(cases), per_kernel):
         some = cases[start : start + per_kernel]
-        fusion = bundle_of([(case.target, case.given) for case in some])
+        fusion = bundle_of([case.call for case in some])
         yield from report(", ".join(str(case) for case in some), fusion)
     for case in _first(rowwise_cases()):
-        fusion = fusion_of(case.target, case.given)
+        fusion = fusion_of(*case.call)
         assert fusion is not None, str(case)
         yield from report(str(case), fusion)
 

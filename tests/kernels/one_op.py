@@ -20,9 +20,10 @@ from auxstream.kernels.launch import kernel_of
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAYS = ("kernel",) if DEVICE == "cuda" else ("reference", "kernel")
 Arguments = tuple[Sequence[Any], dict[str, Any]]
+Call = tuple[Any, Arguments]
 
 
-def graph_of(calls: Sequence[tuple[Any, Arguments]]) -> GraphModule:
+def graph_of(calls: Sequence[Call]) -> GraphModule:
     """A graph that calls each target once; tensors among the arguments become its inputs, each once."""
     graph, mode = Graph(), FakeTensorMode(allow_non_fake_inputs=True)
     made: dict[int, Node] = {}
@@ -60,7 +61,7 @@ def fusion_of(target: Any, given: Arguments) -> Fusion | None:
     return emit(groups[0]) if groups else None
 
 
-def bundle_of(calls: Sequence[tuple[Any, Arguments]]) -> Fusion:
+def bundle_of(calls: Sequence[Call]) -> Fusion:
     """One kernel of many calls that have the same rows and columns and nothing else in common."""
     nodes = tuple(node for node in graph_of(calls).graph.nodes if node.op == "call_function")
     rows, width = nodes[0].meta["val"].shape[:-1], nodes[0].meta["val"].shape[-1]
@@ -68,19 +69,26 @@ def bundle_of(calls: Sequence[tuple[Any, Arguments]]) -> Fusion:
     return emit(Group(nodes, kinds, frozenset(), frozenset(), tuple(rows), width, None, nodes))
 
 
-def inputs_of(fusion: Fusion, given: Arguments) -> list[Tensor]:
-    """The tensors among arguments that a kernel reads, in its order."""
-    by_name = {f"x{i}": tensor for i, tensor in enumerate(tensors_of(given))}
+def inputs_of(fusion: Fusion, calls: Sequence[Call]) -> list[Tensor]:
+    """The tensors among the arguments of calls that a kernel reads, in its order."""
+    tensors = {id(tensor): tensor for _, given in calls for tensor in tensors_of(given)}
+    by_name = {f"x{i}": tensor for i, tensor in enumerate(tensors.values())}
     return [by_name[node.name] for node in fusion.inputs]
 
 
-def results(fusion: Fusion, given: Arguments) -> dict[str, Tensor]:
-    """The kernel's result, by way: of its variants the likeliest."""
-    inputs, kernel = inputs_of(fusion, given), kernel_of(fusion.spec)
-    found: dict[str, Tensor] = {}
-    if "reference" in WAYS:
-        (found["reference"],) = kernel.reference(inputs, ())
-    outputs = kernel.fake(inputs, ())
-    launch = next(iter(kernel.candidates(inputs, outputs, ()).values()))
+def likeliest(fusion: Fusion, inputs: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    """The launch that comes first among a kernel's variants, and outputs for it."""
+    kernel = kernel_of(fusion.spec)
+    outputs = kernel.fake(list(inputs), ())
+    return next(iter(kernel.candidates(inputs, outputs, ()).values())), outputs
+
+
+def results(fusion: Fusion, calls: Sequence[Call]) -> list[dict[str, Tensor]]:
+    """What a kernel of calls gives for each, by way."""
+    inputs, kernel = inputs_of(fusion, calls), kernel_of(fusion.spec)
+    launch, outputs = likeliest(fusion, inputs)
     launch([*kernel.laid_out(inputs, launch.copied, ()), *outputs])
-    return found | {"kernel": outputs[0]}
+    if WAYS == ("kernel",):
+        return [{"kernel": output} for output in outputs]
+    references = kernel.reference(inputs, ())
+    return [{"reference": one, "kernel": other} for one, other in zip(references, outputs, strict=True)]

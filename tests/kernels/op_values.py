@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from compare import EXACT, Bound
-from one_op import DEVICE, Arguments
+from one_op import DEVICE, Arguments, Call
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -31,6 +31,10 @@ class Case:
     @property
     def given(self) -> Arguments:
         return self.args, self.kwargs
+
+    @property
+    def call(self) -> Call:
+        return self.target, self.given
 
     def __str__(self) -> str:
         given = [_name(a) for a in (*self.args, *self.kwargs.values())]

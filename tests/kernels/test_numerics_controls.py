@@ -48,7 +48,7 @@ def test_a_wrong_formula_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch)
 
 def noticed(target: str) -> bool:
     """Whether the cases of a row complain, or the kernel cannot even be made."""
-    return any(complaints(case) for case in GROUPS[target.removeprefix("aten.")])
+    return any(complaints(GROUPS[target.removeprefix("aten.")]))
 
 
 # --- a conversion that is wrong ---------------------------------------------------------------------------------------
@@ -130,8 +130,7 @@ def test_what_the_comparison_sees() -> None:
     assert disagreement(few, many, FUNCTION) is not None
 
 
-def test_a_case_that_eager_refuses_or_we_do_complains() -> None:
+def test_a_case_that_is_opaque_complains() -> None:
     x = torch.ones(2, 3)
-    assert complaints(Case(aten.bitwise_not.default, (x,)))
-    assert complaints(Case(aten.cumsum.default, (x, 1)))
-    assert not complaints(Case(aten.neg.default, (x,), {}, EXACT))
+    assert any(complaints([Case(aten.cumsum.default, (x, 1))]))
+    assert not any(complaints([Case(aten.neg.default, (x,), {}, EXACT)]))

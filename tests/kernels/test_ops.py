@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from compare import EXACT, disagreement
-from one_op import DEVICE, fusion_of, inputs_of, results, tensors_of
+from one_op import DEVICE, bundle_of, fusion_of, inputs_of, likeliest, results, tensors_of
 from op_values import Case
 from pointwise_cases import pointwise_cases
 from rowwise_cases import rowwise_cases
+from torch import Tensor
 
-from auxstream.kernels.launch import kernel_of
+from auxstream.kernels.emit import Fusion
 from auxstream.kernels.lower import BY_ROWS
 from auxstream.kernels.pointwise import POINTWISE
 
@@ -32,47 +32,55 @@ def by_target() -> Iterator[tuple[str, list[Case]]]:
 
 
 GROUPS = dict(by_target())
+PER_KERNEL = 12 if DEVICE == "cuda" else 1
+"""Pointwise cases that share a kernel: on a GPU, compiling hundreds would take minutes."""
+
+
+def kernels(cases: Sequence[Case]) -> Iterator[tuple[Fusion | None, Sequence[Case]]]:
+    """The kernels of cases; None for what is opaque."""
+    together = PER_KERNEL if cases[0].target in POINTWISE else 1
+    for start in range(0, len(cases), together):
+        some = cases[start : start + together]
+        if together > 1:
+            yield bundle_of([case.call for case in some]), some
+        else:
+            yield fusion_of(*some[0].call), some
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_side_by_side() -> None:
-    """On a GPU, where one after the other would take as many minutes as there are hundreds of cases."""
     if DEVICE == "cuda":
-        launches = [launch for group in GROUPS.values() for case in group for launch in prepared(case)]
         with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
-            for done in [pool.submit(launch.compile, dtypes) for launch, dtypes in launches]:
-                done.result()
+            for fusion, cases in itertools.chain.from_iterable(map(kernels, GROUPS.values())):
+                if fusion is not None:
+                    inputs = inputs_of(fusion, [case.call for case in cases])
+                    launch, outputs = likeliest(fusion, inputs)
+                    pool.submit(launch.compile, [tensor.dtype for tensor in (*inputs, *outputs)])
 
 
-def prepared(case: Case) -> Iterator[tuple[Any, list[torch.dtype]]]:
-    fusion = fusion_of(case.target, case.given)
-    if fusion is not None:
-        inputs = inputs_of(fusion, case.given)
-        kernel = kernel_of(fusion.spec)
-        outputs = kernel.fake(inputs, ())
-        launch = next(iter(kernel.candidates(inputs, outputs, ()).values()))
-        yield launch, [tensor.dtype for tensor in (*inputs, *outputs)]
+def complaints(cases: Sequence[Case]) -> Iterator[str]:
+    """What is wrong with cases of one target."""
+    for fusion, some in kernels(cases):
+        if fusion is None:
+            yield f"{some[0]}: opaque"
+            continue
+        for case, ways in zip(some, results(fusion, [case.call for case in some]), strict=True):
+            eager = case.target(*case.args, **case.kwargs)
+            for way, ours in ways.items():
+                what = disagreement(ours, eager, case.bound, magnitude_of(case))
+                if what is not None:
+                    yield f"{case} by {way}: {what}"
 
 
-def complaints(case: Case) -> list[str]:
-    """What is wrong with a case, by way; nothing if all is well."""
-    try:
-        eager = case.target(*case.args, **case.kwargs)
-    except (RuntimeError, NotImplementedError) as refusal:
-        return [f"{case}: eager refuses it: {refusal}"]
-    fusion = fusion_of(case.target, case.given)
-    if fusion is None:
-        return [f"{case}: opaque"]
-    read = [t for t in tensors_of(case.given) if t.dtype.is_floating_point and t.dim()]
-    magnitude = max((float(t[torch.isfinite(t)].abs().max()) for t in read if t.numel()), default=0.0)
-    ways = results(fusion, case.given)
-    found = {way: disagreement(ours, eager, case.bound, magnitude) for way, ours in ways.items()}
-    return [f"{case} by {way}: {what}" for way, what in found.items() if what]
+def magnitude_of(case: Case) -> float:
+    """The largest finite number among the operands."""
+    read: list[Tensor] = [t for t in tensors_of(case.given) if t.dtype.is_floating_point and t.dim()]
+    return max((float(t[torch.isfinite(t)].abs().max()) for t in read if t.numel()), default=0.0)
 
 
 @pytest.mark.parametrize("target", GROUPS)
 def test_a_row_agrees_with_eager(target: str) -> None:
-    found = [complaint for case in GROUPS[target] for complaint in complaints(case)]
+    found = list(complaints(GROUPS[target]))
     assert not found, "\n".join(found)
 
 
