@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from ..runtime.errors import AuxstreamError
 from ..runtime.settings import SETTINGS, Safety, SafetyRules
 from . import mlir
+from .accesses import tensors
 from .dataflow import RNG, Dataflow
 from .emit import Fusion, emit
 from .fold import fold_constants
@@ -86,12 +88,7 @@ def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = (), trial: bool = T
         _refuse_unmarked(gm)
         safety = fusion_safety(regions_of(gm), safe)
         allowed = _marker(safety, trial)
-        slice_parts(gm, allowed)
-        count_short_sorts(gm, allowed)
-        settle_fills(gm, allowed)
-        flow = Dataflow.of(gm)
-        if functionalise_locals(flow, allowed) + unroll_row_sums(flow, allowed):
-            flow = Dataflow.of(gm)
+        flow = _rewritten(gm, allowed)
         fusions = tuple(emit(group) for group in find_groups(flow, allowed))
         translation = to_mlir(gm, fusions, flow)
         if fusions:
@@ -101,6 +98,19 @@ def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = (), trial: bool = T
         gm.graph.lint()
         gm.recompile()
     return FusionReport(fusions, safety, folded, str(translation))
+
+
+def _rewritten(gm: GraphModule, allowed: Callable[[Node], bool]) -> Dataflow:
+    """Make ops fusible, where new nodes can be given values: all traced values are of one fake mode."""
+    modes = {id(leaf.fake_mode) for node in gm.graph.nodes for leaf in tensors(node) if isinstance(leaf, FakeTensor)}
+    if len(modes) != 1:
+        return Dataflow.of(gm)
+    slice_parts(gm, allowed)
+    count_short_sorts(gm, allowed)
+    settle_fills(gm, allowed)
+    flow = Dataflow.of(gm)
+    changed = functionalise_locals(flow, allowed) + unroll_row_sums(flow, allowed)
+    return Dataflow.of(gm) if changed else flow
 
 
 def _marker(safety: Mapping[str, Safety], trial: bool) -> Callable[[Node], bool]:

@@ -11,9 +11,10 @@ import concurrent.futures
 import functools
 import hashlib
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -76,9 +77,17 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device).replace(" ", "_")
 
 
-@functools.cache
+_REGISTERING: Final = threading.Lock()
+
+
 def operator(spec: KernelSpec) -> Any:
-    """The op of this spec, registered once per process."""
+    """The op of this spec, registered once per process, whichever thread asks first."""
+    with _REGISTERING:
+        return _registered(spec)
+
+
+@functools.cache
+def _registered(spec: KernelSpec) -> Any:
     library, kernel = _library(), kernel_of(spec)
     library.define(f"{spec.name}(Tensor[] inputs, SymInt[] sizes) -> Tensor[]")
     library.impl(spec.name, kernel, "CUDA")

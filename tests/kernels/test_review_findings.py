@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -138,3 +139,35 @@ def test_a_choice_of_any_number_of_operands_has_a_file_name() -> None:
     assert len(launch.numbers) > 150
     name = f".{kernel.choice_key(launch.numbers, 'NVIDIA_H200_of_some_long_name')}.json.12345678"
     assert len(name) < 255, "what a file system takes"
+
+
+def test_values_of_several_fake_modes_are_fused_without_rewrites() -> None:
+    """As make_fx leaves them: a new node has no mode to be computed in."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = torch.randperm(8)
+    gm = make_fx(lambda c: torch.sort(c)[1] * 2 + 1)(x)
+    fuse_elementwise(gm)
+    assert torch.equal(gm(x), torch.sort(x)[1] * 2 + 1)
+
+
+def test_threads_register_a_kernel_once() -> None:
+    class Chain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 3.25 + 1.75).sigmoid() - 0.5
+
+    graphs = [trace(Chain(), (torch.ones(2, 8),)).graph_module for _ in range(8)]
+    errors: list[BaseException] = []
+
+    def work(gm: GraphModule) -> None:
+        try:
+            fuse_elementwise(gm)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(gm,)) for gm in graphs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
