@@ -1,4 +1,4 @@
-"""Compiles kernels for sm_90 on a machine that may have no GPU, and says what came out. Run by `test_compile`.
+"""Compiles kernels for sm_90 on a machine that may have no GPU, and says what came out. Run by `test_sm90`.
 
 Prints one JSON object per kernel: its name, the size of its cubin, and its PTX instructions that touch global memory or
 round, with their counts.
