@@ -23,7 +23,7 @@ from ..runtime.errors import CaptureError
 from . import mlir, store
 from .geometry import Access, Layout
 from .reference import evaluate
-from .spec import KernelSpec
+from .spec import KernelSpec, Operand
 from .triton_source import Form, columns, has_reductions, triton_source
 from .tune import choose
 from .variants import Variant, variants
@@ -198,17 +198,17 @@ class FusedKernel:
         return {variant: self._launch(variant, known, rows, width, copied) for variant in found}
 
     def _is_flat(self, layouts: Sequence[Layout], rows: int, width: int) -> bool:
-        """Whether every operand is dense over all rows and columns, or one element."""
+        """Whether every operand is dense over all rows and columns, or an input of one element."""
         text = self.spec.mlir
         if any(word in text for word in ("reduction", "extract", "concat", "linalg.index")):
             return False
-        roles = [(operand.role, operand.used) for operand in self.spec.inputs]
-        roles += [(result.role, result.shape) for result in self.spec.outputs]
-        for (role, used), found in zip(roles, layouts, strict=True):
-            if not used:
+        operands = [*self.spec.inputs, *self.spec.outputs]
+        for number, (operand, found) in enumerate(zip(operands, layouts, strict=True)):
+            shape = operand.used if isinstance(operand, Operand) else operand.shape
+            if not shape and number < len(self.spec.inputs):
                 continue
             dense = found.access.unit and (found.numbers == (width,) or (rows == 1 and not found.access.levels))
-            if role != "columns" or used[-1] != width or not dense:
+            if operand.role != "columns" or not shape or shape[-1] != width or not dense:
                 return False
         return True
 

@@ -59,15 +59,34 @@ class _Running(Interpreter):
         kernel = kernel_of(self.specs[n.meta["auxstream_fused"]])
         if self.how is None:
             return kernel.reference(inputs, sizes)
-        outputs = kernel.fake(inputs, sizes)
-        for output in outputs:  # what a kernel forgets to write shows
-            output.fill_(7 if output.dtype is not torch.bool else True)
+        fenced = [_Fenced(like) for like in kernel.fake(inputs, sizes)]
+        outputs = [fence.tensor for fence in fenced]
         if kernel.spec.row_count(sizes):
             launches = list(kernel.candidates(inputs, outputs, sizes).values())
             self.exhausted &= self.how >= len(launches) - 1
             launch = launches[min(self.how, len(launches) - 1)]
             launch([*kernel.laid_out(inputs, launch.copied, sizes), *outputs])
+        for number, fence in enumerate(fenced):
+            assert fence.stands(), f"{kernel.spec.name} wrote outside of output {number}"
         return outputs
+
+
+class _Fenced:
+    """A dense tensor in the middle of memory that nobody shall write; what a kernel forgets to write shows, too."""
+
+    MARGIN = 64
+
+    def __init__(self, like: Tensor) -> None:
+        fill = True if like.dtype is torch.bool else 7
+        self.memory = torch.full((like.numel() + 2 * self.MARGIN,), fill, dtype=like.dtype, device=like.device)
+        self.before = self.memory.clone()
+        self.tensor = self.memory.as_strided(like.shape, like.stride(), self.MARGIN)
+
+    def stands(self) -> bool:
+        for side in (slice(None, self.MARGIN), slice(-self.MARGIN, None)):
+            if not torch.equal(self.memory[side], self.before[side]):
+                return False
+        return True
 
 
 def every_way(gm: GraphModule, report: FusionReport, args: Sequence[Tensor]) -> Iterator[tuple[str, Any]]:
