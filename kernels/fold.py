@@ -2,9 +2,9 @@
 
 Enters: a graph over its module's parameters and buffers. Leaves: the same graph with every value that depends on
 nothing the graph changes replaced by a buffer that holds it: weight casts, rope tables, `1 + weight`. Invariants: views
-of parameters stay views, and what is large is computed in every step, so no weight is held twice; what leaves the graph
-is made anew in every run, for its caller may write to it; the values are eager's, on the same device. The fold is of
-the parameters as they are: change one later and the graph must be made again.
+stay views, and what is large is computed in every step, so no weight is held twice; what leaves the graph is made anew
+in every run, for its caller may write to it; the values are eager's, on the same device. The fold is of the parameters
+as they are: change one later and the graph must be made again.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ def fold_constants(gm: GraphModule, allowed: Callable[[Node], bool]) -> int:
     folder = _Folder(gm, Dataflow.of(gm), allowed)
     budget, folded = MOST_BYTES_TOGETHER, 0
     for node in list(folder.known):
-        needed = any(user not in folder.known for user in node.users)
-        if needed and not folder.is_named(node) and _bytes(node) <= budget:
+        if not folder.is_name(node) and folder.is_needed(node) and _bytes(node) <= budget:
             folder.fold(node)
             budget -= _bytes(node)
             folded += 1
@@ -62,14 +61,16 @@ class _Folder:
             return False
         if not isinstance(node.meta.get("val"), Tensor) or self.flow.storages[node] & unsteady:
             return False
-        small = self.is_named(node) or _bytes(node) <= MOST_BYTES
+        small = self.is_name(node) or _bytes(node) <= MOST_BYTES
         return small and all(a in self.known for a in node.all_input_nodes)
 
-    def is_named(self, node: Node) -> bool:
-        """Whether a value is a parameter or a buffer, or a view of one."""
-        storages = self.flow.storages[node]
-        viewed = self.flow.is_view(node) and all(self.flow.owner[s].op == "get_attr" for s in storages)
-        return node.op == "get_attr" or viewed
+    def is_name(self, node: Node) -> bool:
+        """Whether a node only names memory: an attribute, or a view."""
+        return node.op == "get_attr" or self.flow.is_view(node)
+
+    def is_needed(self, node: Node) -> bool:
+        """Whether something that cannot be computed here reads a value, itself or through views."""
+        return any(user not in self.known or (self.flow.is_view(user) and self.is_needed(user)) for user in node.users)
 
     def fold(self, node: Node) -> None:
         """Put a buffer in the place of `node`, for whatever is not folded itself."""
@@ -78,7 +79,9 @@ class _Folder:
         with self.gm.graph.inserting_before(node):
             replacement = self.gm.graph.get_attr(name)
         replacement.meta = dict(node.meta)
-        node.replace_all_uses_with(replacement, delete_user_cb=lambda user: user not in self.known)
+        node.replace_all_uses_with(
+            replacement, delete_user_cb=lambda user: user not in self.known or self.flow.is_view(user)
+        )
 
     def _value(self, node: Node) -> Any:
         if node not in self.values:

@@ -124,7 +124,7 @@ class _Finder:
 
     def _look_through(self, view: Node, source: Node) -> None:
         group = self.group.get(source)
-        if group is None or region_of(view) != group.region:
+        if group is None or region_of(view) != group.region or not self.allowed(view):
             return
         before = group.kinds[source]
         kind = seen_as(view, before, product(group.rows))

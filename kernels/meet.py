@@ -47,7 +47,7 @@ def rows_meet(call: Call, reader: Kind, operand: Node, kind: Kind, rows: Any) ->
     if call.node.target in BY_ROWS and kind is not Kind.FULL:
         return False
     if _equal(shape, wanted):
-        return kind is Kind.FULL or reader is Kind.ROW
+        return True
     per_row = kind is Kind.ROW and same(shape[-1], 1) and same(product(wanted[:-1]), rows)
     return per_row and _equal(shape[:-1], wanted[:-1])
 

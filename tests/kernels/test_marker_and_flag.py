@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from marked_graphs import EVERYWHERE, GRAPHS, X, groups, moe
-from moe_blocks import Layer, Model, RoutedOnly
+from moe_blocks import HIDDEN, TOKENS, Layer, Model, RoutedOnly
 from random_regions import copy_of
 from torch import Tensor, nn
 from torch.fx import Node
@@ -77,6 +77,20 @@ def test_a_mark_without_a_region_keeps_a_node() -> None:
     report = fuse_elementwise(gm, safe=EVERYWHERE)
     assert [members for members, _ in groups(report)] == [["mul", "add"], ["mul_1", "tanh"]]
     assert "relu" in {node.name for node in gm.graph.nodes}
+
+
+@pytest.mark.parametrize("mark", [{"skip_mlir_fusion": True}, {"auxstream": "lane"}])
+def test_no_group_looks_through_a_marked_view(mark: dict[str, Any]) -> None:
+    class Views(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ((x * 2 + 1).view(TOKENS, 1, HIDDEN) * 3).relu()
+
+    gm = trace(Views(), (X,)).graph_module
+    view = next(node for node in gm.graph.nodes if node.name == "view")
+    assert len(fuse_elementwise(copy.deepcopy(gm)).fusions) == 1
+    view.meta.update(mark)
+    assert [members for members, _ in groups(fuse_elementwise(gm))] == [["mul", "add"], ["mul_1", "relu"]]
+    assert "view" in {node.name for node in gm.graph.nodes}
 
 
 def test_elements_of_a_marked_tuple_stay_with_it() -> None:
