@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ def compile(
                 raise
             _give_up_trial(fusion, error)
             continue
+        if trial and fusion is not None:
+            fusion = replace(fusion, proved=True)
         dump.write("4-program", str(captured.program))
         dump.write("5-report", str(captured.report))
         return CompiledModel(captured, regions, fusion, Calls(static, traced, outputs))

@@ -49,6 +49,8 @@ class FusionReport:
     """Values that depend on parameters alone, computed once."""
     mlir: str
     """The graph as an MLIR module, and the kernels' own modules."""
+    proved: bool = False
+    """Whether the captured graph was proved, so that regions on `auto` may keep their kernels."""
 
     @property
     def summary(self) -> str:
@@ -57,9 +59,12 @@ class FusionReport:
         kernels = len({fusion.spec for fusion in self.fusions})
         return f"{ops} ops in {len(self.fusions)} launches of {kernels} kernels, {self.folded} constants folded"
 
+    def _says(self, safety: Safety) -> str:
+        return "proved safe" if safety == "auto" and self.proved else _SAYS[safety]
+
     def __str__(self) -> str:
         lines = [self.summary]
-        lines += [f"  region {name}: fused kernels {_SAYS[value]}" for name, value in self.safety.items()]
+        lines += [f"  region {name}: fused kernels {self._says(value)}" for name, value in self.safety.items()]
         return "\n".join([*lines, *(f"  {fusion}" for fusion in self.fusions)])
 
 

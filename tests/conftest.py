@@ -1,15 +1,18 @@
-"""Leaves out what this machine cannot run: files that need hypothesis where it is not installed (say, on an offline GPU
-machine), and tests marked `gpu` where there is none."""
+"""Keeps generated kernels out of the user's cache, and leaves out what this machine cannot run: files that need
+hypothesis where it is not installed (say, on an offline GPU machine), and tests marked `gpu` where there is none."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 HERE = Path(__file__).parent
+
+os.environ.setdefault("AUXSTREAM_CACHE_DIR", str(HERE.parent / "build" / "test-cache"))  # not the user's
 
 if importlib.util.find_spec("hypothesis") is None:
     collect_ignore = [

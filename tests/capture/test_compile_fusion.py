@@ -66,6 +66,7 @@ def test_a_region_on_auto_stays_fused_where_the_proof_holds(model: Model) -> Non
         warnings.simplefilter("error", AuxstreamWarning)
         fast = auxstream.compile(model, draw(0), Options(fusion_safe="*=auto"))
     assert set(fused_in(fast)) == {None, "layers.0.shared", "layers.1.shared"}
+    assert "layers.0.shared: fused kernels proved safe" in str(fast.fusion)
     agrees(model, fast)
 
 
@@ -87,6 +88,7 @@ def test_a_region_on_auto_falls_back_to_the_marker_where_the_proof_fails(
         fast = auxstream.compile(model, draw(0), Options(fusion_safe="*=auto", verify="off"))
     assert proofs == ["error", "off"], "a trial is always proved"
     assert set(fused_in(fast)) == {None}
+    assert "proved safe" not in str(fast.fusion)
     assert len(fast.regions) == 2, "the overlap stays"
     torch.testing.assert_close(fast(draw(1)), model(draw(1)), rtol=1e-5, atol=1e-5)
 
