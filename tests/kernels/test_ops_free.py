@@ -8,7 +8,10 @@ from one_op import DEVICE
 from patterns import randn
 from test_numerics import agree
 from torch import Tensor
-from ways import Function
+from torch.fx import Node
+from ways import Function, ModuleOf
+
+from auxstream.kernels.free import FREE
 
 X = randn(5, 48, dtype=torch.bfloat16)
 
@@ -37,6 +40,16 @@ def test_a_free_value_is_no_input(fill: str) -> None:
     _, report = agree(lambda x: (x + FILLS[fill](x)) * 0.5, [X])
     (fusion,) = report.fusions
     assert len(fusion.inputs) == 1
+
+
+def test_every_free_op_is_tried() -> None:
+    seen = {node.target for fill in FILLS.values() for node in trace_of(fill) if node.target in FREE}
+    assert seen == set(FREE)
+
+
+def trace_of(fill: Function) -> list[Node]:
+    program = torch.export.export(ModuleOf(lambda x: x + fill(x)), (X,), strict=False)
+    return list(program.graph.nodes)
 
 
 def test_a_range_over_rows_is_read() -> None:

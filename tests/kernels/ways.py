@@ -18,7 +18,9 @@ from auxstream.kernels.spec import KernelSpec
 Function = Callable[..., Any]
 
 
-class _Module(torch.nn.Module):
+class ModuleOf(torch.nn.Module):
+    """A function as a module."""
+
     def __init__(self, function: Function) -> None:
         super().__init__()
         self.function = function
@@ -30,9 +32,9 @@ class _Module(torch.nn.Module):
 def fused(function: Function, args: Sequence[Tensor], dynamic: Any = None) -> tuple[GraphModule, FusionReport]:
     """The graph of a function of tensors, fused. `dynamic`: per argument, the dimensions that are symbols."""
     if dynamic is None:
-        gm = trace(_Module(function), args).graph_module
+        gm = trace(ModuleOf(function), args).graph_module
     else:
-        program = torch.export.export(_Module(function), tuple(args), dynamic_shapes=(tuple(dynamic),), strict=False)
+        program = torch.export.export(ModuleOf(function), tuple(args), dynamic_shapes=(tuple(dynamic),), strict=False)
         gm = program.graph_module
     return gm, fuse_elementwise(gm)
 
