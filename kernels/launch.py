@@ -54,7 +54,8 @@ def kernel_of(spec: KernelSpec) -> FusedKernel:
 def compile_ahead(fusions: Iterable[Fusion]) -> None:
     """Compile, side by side, all that the kernels of a graph on a GPU will choose from; shapes must be static.
 
-    What is compiled here need not be compiled at the first launch, one kernel after the other.
+    What is compiled here need not be compiled at the first launch, one kernel after the other. What does not compile
+    is not reported here: its launch will say so, in the caller's own thread.
     """
     todo: dict[Any, tuple[_Launch, list[torch.dtype]]] = {}
     for fusion in fusions:
@@ -67,8 +68,7 @@ def compile_ahead(fusions: Iterable[Fusion]) -> None:
         for variant, launch in kernel.candidates(inputs, outputs, ()).items():
             todo[fusion.spec, variant, launch.numbers] = (launch, dtypes)
     with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
-        for done in [pool.submit(launch.compile, dtypes) for launch, dtypes in todo.values()]:
-            done.result()
+        concurrent.futures.wait([pool.submit(launch.compile, dtypes) for launch, dtypes in todo.values()])
 
 
 @functools.cache
