@@ -29,6 +29,7 @@ from .reach import region_of, regions_of
 from .regions import lift_regions
 from .routing import MARKED, Weights, routings
 from .safety import fusion_safety
+from .short_counts import count_short_histograms
 from .short_sorts import count_short_sorts
 from .slices import slice_parts
 from .unroll import unroll_row_sums
@@ -112,6 +113,7 @@ def _rewritten(gm: GraphModule, allowed: Callable[[Node], bool]) -> Dataflow:
         return Dataflow.of(gm)
     slice_parts(gm, allowed)
     count_short_sorts(gm, allowed)
+    count_short_histograms(gm, allowed)
     settle_fills(gm, allowed)
     flow = Dataflow.of(gm)
     changed = functionalise_locals(flow, allowed) + unroll_row_sums(flow, allowed)

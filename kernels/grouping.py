@@ -192,7 +192,8 @@ class _Finder:
         """Groups that meet in an op become one, where their domains agree."""
         for other in self._producers(call):
             alike = other.region == group.region and same(product(other.rows), product(group.rows))
-            if other is group or not alike or len({group.width, other.width} - {1}) > 1:
+            wide = len({group.width, other.width} - {1}) <= 1 or call.node.target is CONCATENATION
+            if other is group or not alike or not wide:
                 continue
             if self._may_unite(group, other.members, other.kinds, other.mask):
                 group.width = max(group.width, other.width)

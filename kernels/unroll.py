@@ -2,7 +2,8 @@
 
 Enters: a graph. Leaves: the same graph in which a sum over a short second-to-last dimension (the experts of a token) is
 a chain of additions, in float32, of its slices. A chain fuses with what follows it; a reduction across rows does not.
-Where what is summed was gathered by rows, each slice is gathered on its own, and the gathered tensor is never made.
+Where what is summed was gathered by rows, each slice is gathered on its own, and the gathered tensor is never made; nor
+is the one it was gathered from, if it was computed row by row for that alone (the experts' outputs times their scores).
 Invariant: same values up to the order of the additions, which is that of the index.
 """
 
@@ -14,11 +15,15 @@ from typing import Any, Final
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from .call import Call, aten
 from .dataflow import Dataflow
 from .derive import derived
 from .gathers import index_of
+from .lower import fusible
+from .pointwise import CASTS, POINTWISE
+from .reach import region_of
 from .shapes import static
 
 MOST_TERMS: Final = 16
@@ -33,7 +38,7 @@ def unroll_row_sums(flow: Dataflow, allowed: Callable[[Node], bool]) -> int:
     """
     found = [node for node in flow.nodes if _is_short_sum(node) and allowed(node)]
     for node in found:
-        chain = _Chain(flow, node)
+        chain = _Chain(flow, node, allowed)
         node.replace_all_uses_with(chain.total())
         for replaced in (node, *chain.looked_through):
             if not replaced.users:
@@ -62,9 +67,10 @@ def _is_short_sum(node: Node) -> bool:
 class _Chain:
     """The nodes that take the place of one sum."""
 
-    def __init__(self, flow: Dataflow, node: Node) -> None:
+    def __init__(self, flow: Dataflow, node: Node, allowed: Callable[[Node], bool]) -> None:
         self.flow = flow
         self.node = node
+        self.allowed = allowed
         self.looked_through: list[Node] = []
         self.call = Call.of(node)
         self.shape = tuple(self.call.source.meta["val"].shape)
@@ -82,24 +88,48 @@ class _Chain:
         """The slices to be added, the first index first."""
         source, count = self.call.source, self.shape[-2]
         gathered = source.args[0] if source.target in _RESHAPING else None
-        if isinstance(gathered, Node) and _picks_rows(gathered, self.shape) and self._steady(gathered):
-            self.looked_through = [source, gathered]
+        if isinstance(gathered, Node) and _picks_rows(gathered, self.shape) and self._may_move(source, gathered):
             call = Call.of(gathered)
-            index = index_of(call)
+            index, table = index_of(call), call.source
             assert index is not None
             grid = self._new(aten.view.default, (index, list(self.shape[:-1])), "index")
             picks = [self._new(aten.select.int, (grid, -1, k), f"index{k}") for k in range(count)]
-            return [self._new(aten.index.Tensor, (call.source, [pick]), f"row{k}") for k, pick in enumerate(picks)]
+            self.looked_through = [source, gathered]
+            if list(table.users) == [gathered] and _is_row_by_row(table) and self._may_move(table):
+                self.looked_through.append(table)
+                return [self._computed(table, pick, f"row{k}") for k, pick in enumerate(picks)]
+            return [self._new(aten.index.Tensor, (table, [pick]), f"row{k}") for k, pick in enumerate(picks)]
         return [self._new(aten.select.int, (source, -2, k), f"row{k}") for k in range(count)]
 
-    def _steady(self, gathered: Node) -> bool:
-        """Whether nothing writes, behind the gather, to what it reads, which will be read where the sum stands, nor to
-        what it makes, which will not be made."""
-        touched = self.flow.reads[gathered] | self.flow.storages[gathered] | self.flow.storages[self.call.source]
-        before = self.flow.ancestors[self.flow.index[gathered]]
-        return not any(
-            self.flow.writes[node] & touched and not before >> i & 1 for i, node in enumerate(self.flow.nodes)
+    def _computed(self, op: Node, pick: Node, role: str) -> Node:
+        """Some rows of what `op` would compute, computed from those rows of its operands."""
+
+        def rows(operand: Node) -> Node:
+            shape, name = operand.meta["val"].shape, f"{role}_{operand.name}"
+            if len(shape) < 2 or shape[0] == 1:
+                return operand  # the same for all rows
+            if shape[1] > 1:
+                return self._new(aten.index.Tensor, (operand, [pick]), name)
+            one = self._new(
+                aten.index.Tensor, (self._new(aten.select.int, (operand, 1, 0), f"{name}_all"), [pick]), name
+            )
+            return self._new(aten.unsqueeze.default, (one, -1), f"{name}_column")
+
+        args, kwargs = map_arg((op.args, op.kwargs), rows)
+        return derived(self.node, role, op.target, args, kwargs)
+
+    def _may_move(self, *nodes: Node) -> bool:
+        """Whether ops may run where the sum stands: nothing writes, behind them, to what they read or make, and no mark
+        keeps them where they are."""
+        touched, before = frozenset[int](), -1
+        for node in nodes:
+            touched |= self.flow.reads[node] | self.flow.storages[node]
+            before &= self.flow.ancestors[self.flow.index[node]]
+        written = any(
+            self.flow.writes[node] & touched and not before >> i & 1 and node not in nodes
+            for i, node in enumerate(self.flow.nodes)
         )
+        return not written and all(self.allowed(n) and region_of(n) == region_of(self.node) for n in nodes)
 
     def _cast(self, node: Node, dtype: torch.dtype) -> Node:
         if node.meta["val"].dtype == dtype:
@@ -108,6 +138,15 @@ class _Chain:
 
     def _new(self, target: Any, args: tuple[Any, ...], role: str) -> Node:
         return derived(self.node, role, target, args)
+
+
+def _is_row_by_row(node: Node) -> bool:
+    """Whether a matrix is computed element by element, from matrices, columns, rows and numbers."""
+    if node.target not in POINTWISE or node.target in CASTS or not fusible(node):
+        return False
+    shape = tuple(node.meta["val"].shape)
+    operands = [tuple(a.meta["val"].shape) for a in Call.of(node).read()]
+    return static(shape) and shape[0] > 1 and shape in operands and all(len(s) <= 2 and static(s) for s in operands)
 
 
 def _picks_rows(node: Node, shape: tuple[Any, ...]) -> bool:

@@ -103,6 +103,57 @@ def test_a_write_through_the_indices_that_is_no_inverse_stays() -> None:
     agree(body, gm, x)
 
 
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+def ends(chosen: Tensor) -> Tensor:
+    """Where each expert's tokens end, as models with grouped experts compute it."""
+    return torch.cumsum(torch.histc(chosen.float(), bins=8, min=0, max=7), dim=0, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("size", [2, 16, 200])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_running_counts_of_few_numbers_compare(size: int, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(size)
+    gm = fused(ends, torch.zeros(size, dtype=dtype))
+    assert not {name for name in targets(gm) if "histc" in name or "cumsum" in name or "aten.to" in name}
+    assert sum("auxstream_fused" in str(node.target) for node in gm.graph.nodes) == 1
+    for _ in range(5):
+        chosen = torch.randint(-3, 11, (size,), generator=draw).to(dtype)  # some out of range
+        assert torch.equal(gm(chosen), ends(chosen))
+        assert gm(chosen).dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("body", "x"),
+    [
+        (ends, torch.arange(257)),
+        (ends, torch.arange(8).reshape(2, 4)),
+        (lambda x: torch.cumsum(torch.histc(x.float(), bins=8, min=0, max=8), 0, dtype=torch.int32), torch.arange(8)),
+        (lambda x: torch.cumsum(torch.histc(x.float(), bins=8), 0, dtype=torch.int32), torch.arange(8)),
+        (lambda x: torch.cumsum(torch.histc(x.float(), bins=8, min=0, max=7), 0), torch.arange(8)),
+        (lambda x: (lambda h: h.cumsum(0, dtype=torch.int32) + h)(torch.histc(x.float(), 8, 0, 7)), torch.arange(8)),
+        (lambda x: torch.cumsum(torch.histc(x, bins=8, min=0, max=7), 0, dtype=torch.int32), torch.rand(8)),
+    ],
+    ids=["long", "of a matrix", "other bins", "bins by the data", "of floats", "counts wanted too", "of fractions"],
+)
+def test_other_counts_stay(body: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    gm = fused(body, x)
+    assert {"aten.histc.default", "aten.cumsum.default"} <= targets(gm)
+    agree(body, gm, x)
+
+
+def test_counts_of_numbers_that_are_written_later() -> None:
+    def body(x: Tensor) -> tuple[Tensor, Tensor]:
+        numbers = x * 2
+        floats = numbers.float()
+        numbers.index_fill_(0, torch.tensor([0]), 7)
+        return torch.cumsum(torch.histc(floats, bins=8, min=0, max=7), 0, dtype=torch.int32), numbers
+
+    x = torch.tensor([0, 1, 1, 3])
+    agree(body, fused(body, x), x)
+
+
 # --- sums -------------------------------------------------------------------------------------------------------------
 
 
@@ -130,6 +181,39 @@ def test_rows_that_are_summed_are_gathered_one_by_one() -> None:
     torch.testing.assert_close(gm(rows, index), body(rows, index), rtol=2e-6, atol=2e-6)
     other = torch.randint(0, 12, (12,))
     torch.testing.assert_close(gm(rows, other), body(rows, other), rtol=2e-6, atol=2e-6)
+
+
+def scored(rows: Tensor, scores: Tensor, index: Tensor) -> Tensor:
+    """Experts' outputs times their scores, put back in the order of tokens and added up."""
+    return (rows * scores[:, None])[index].view(3, 4, 16).sum(1).tanh()
+
+
+def test_rows_that_are_scaled_for_a_gather_are_scaled_behind_it() -> None:
+    rows, scores, index = torch.randn(12, 16).to(torch.bfloat16), torch.randn(12), torch.randperm(12)
+    gm = fused(scored, rows, scores, index)
+    assert not targets(gm) & {"aten.sum.dim_IntList", "aten.index.Tensor", "aten.mul.Tensor"}
+    assert sum("auxstream_fused" in str(node.target) for node in gm.graph.nodes) == 1
+    for _ in range(3):
+        index = torch.randint(0, 12, (12,))
+        torch.testing.assert_close(gm(rows, scores, index), scored(rows, scores, index), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("reason", ["read elsewhere", "an operand is written", "the result is written"])
+def test_rows_that_others_see_are_scaled_ahead(reason: str) -> None:
+    def body(rows: Tensor, scores: Tensor, index: Tensor) -> Any:
+        work = rows + 1
+        scaled = work * scores[:, None]
+        if reason == "the result is written":
+            scaled.index_fill_(0, index[:1], 3.0)
+        gathered = scaled[index]
+        if reason == "an operand is written":
+            work.index_fill_(0, index[:1], 3.0)
+        total = gathered.view(3, 4, 16).sum(1).tanh()
+        return (total, scaled.flip(0)) if reason == "read elsewhere" else (total, work)
+
+    inputs = torch.randn(12, 16), torch.randn(12), torch.randperm(12)
+    gm = fused(body, *inputs)
+    agree(body, gm, *inputs)
 
 
 @pytest.mark.parametrize(
