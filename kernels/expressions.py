@@ -68,6 +68,8 @@ EXPRESSIONS: Final = {
 }
 """Ops whose result depends on their operands alone."""
 
+_LEAST_NORMAL: Final = 2.0**-126
+
 _CASTS: Final = frozenset(
     f"arith.{name}"
     for name in ("extf", "truncf", "sitofp", "uitofp", "fptosi", "extsi", "extui", "trunci", "index_cast")
@@ -126,5 +128,7 @@ def literal(attribute: Any) -> str:
             return 'float("nan")'
         if value in (float("inf"), float("-inf")):
             return f'float("{value}")'
+        if 0 < abs(value) < _LEAST_NORMAL:  # Triton would take it for a float64
+            return f"tl.cast({value!r}, tl.float32)"
         return repr(value)
     return str(value)

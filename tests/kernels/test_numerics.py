@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import EXACT, Bound, disagreement
+from compare import EXACT, FUNCTION, Bound, disagreement
 from one_op import DEVICE
 from patterns import PATTERNS, Pattern, randn
 from torch import Tensor
@@ -204,6 +204,12 @@ def test_a_row_that_is_not_finite() -> None:
         agree(PATTERNS[name].function, [x], PATTERNS[name].bound)
     rest = [torch.zeros_like(x[:4]), randn(64, dtype=torch.float32), randn(64, dtype=torch.float32, seed=1)]
     agree(PATTERNS["layer_norm"].function, [x[:4], *rest], PATTERNS["layer_norm"].bound)
+
+
+def test_numbers_below_the_least_normal_one() -> None:
+    x = torch.tensor([[1.0, 2e-40, -3e-41, 0.5, -95.0, 1e-38]], device=DEVICE)
+    agree(lambda x: ((x + 1e-40) * 0.25, torch.where(x > 1e-40, x, 1e-40) * 3), [x])
+    agree(lambda x: x.exp() * x.abs().pow(1e-42), [x], FUNCTION)
 
 
 def test_a_mean_far_from_zero() -> None:
