@@ -164,3 +164,65 @@ def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Two inputs of small whole numbers."""
     x, y = torch.randint(-4, 5, (2, 4, 4), generator=generator).float()
     return x, y
+
+
+class GrowingProgram(nn.Module):
+    """The like over inputs whose leading dimension may be of any size: [n, 4, 4] and [n, 1, 4]."""
+
+    table: Tensor
+    seen: Tensor
+
+    def __init__(self, seed: int, length: int = 20) -> None:
+        super().__init__()
+        self.seed, self.length = seed, length
+        self.register_buffer("table", torch.arange(20.0).reshape(5, 4) % 7)
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        rng = random.Random(self.seed)
+        pool = [x, y, x.reshape(-1, 4) * 2]
+        for _ in range(self.length):
+            pool.append(rewarding(self.move(rng, pool)))
+        return tuple(value.clone() for value in pool[-4:])
+
+    def move(self, rng: random.Random, pool: list[Tensor]) -> Tensor:
+        a = rng.choice(pool)
+        alike = [b for b in pool if b.dim() == a.dim() and _grow_alike(a, b)]
+        b, keep = rng.choice(alike), rng.random() < 0.5
+        n = pool[0].shape[0]
+        fours = a.reshape(n, -1).shape[1] % 4 == 0
+        compute: list[Callable[[], Tensor]] = [
+            lambda: a + b,
+            lambda: torch.where(a > b, a, b * 0.5),
+            lambda: torch.maximum(a, b) - 1,
+            lambda: (a * 0.5).relu(),
+            lambda: a.sum(-1, keepdim=keep) if a.dim() > 1 else -a,
+            lambda: a.amax(-1, keepdim=True) + a if a.dim() > 1 else a.abs(),
+            lambda: a.reshape(-1, 4) if fours else a,
+            lambda: a.reshape(n, -1),
+            lambda: a.reshape(n, -1, 4).transpose(1, 2).contiguous() if fours else a,
+            lambda: a[..., : max(1, a.shape[-1] // 2)] if a.dim() > 1 else a,
+            lambda: torch.cat([a, -a], -1)[..., : a.shape[-1]] if a.dim() > 1 else a.neg(),
+            lambda: self.table[a.reshape(n, -1)[:, 0].abs().long() % 5],
+            lambda: a.reshape(-1, 1) + self.table[1],
+            lambda: a.reshape(n, -1)[:, :1].expand(n, 4) * 0.5,
+            lambda: a.clone().add_(1).mul_(0.5),
+            lambda: (self.seen.add_(1), a + self.seen[0])[1],
+            lambda: a.new_ones(n, 4) + a.reshape(n, -1)[:, :1],
+            lambda: a.flip(-1),
+        ]
+        return rng.choice(compute)()
+
+
+def _grow_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two shapes broadcast whatever the size of the growing dimension."""
+    return all(
+        str(m) == str(n) or (i > 0 and 1 in (m, n) and isinstance(m, int) and isinstance(n, int))
+        for i, (m, n) in enumerate(zip(a.shape, b.shape, strict=True))
+    )
+
+
+def draw_growing(generator: torch.Generator, n: int) -> tuple[Tensor, Tensor]:
+    """Inputs of size n."""
+    x = torch.randint(-4, 5, (n, 4, 4), generator=generator).float()
+    return x, torch.randint(-4, 5, (n, 1, 4), generator=generator).float()

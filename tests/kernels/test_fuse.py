@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from exact_programs import ExactProgram, draw
+from exact_programs import ExactProgram, GrowingProgram, draw, draw_growing
 from random_programs import RandomProgram
 from torch import Tensor, nn
 from torch.export import Dim
@@ -121,6 +121,22 @@ def test_leading_dimensions_of_any_size(dynamic: tuple[int, ...]) -> None:
     report = check(gm, calls)
     assert any(fusion.sizes for fusion in report.fusions)
     assert sum(len(fusion.group.nodes) for fusion in report.fusions) >= 10
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_growing_programs(block: int) -> None:
+    fused = 0
+    for seed in range(6 * block, 6 * block + 6):
+        generator, size = torch.Generator().manual_seed(seed), {0: Dim("n", min=2, max=64)}
+        shapes = {"x": size, "y": size}
+        program = torch.export.export(
+            GrowingProgram(seed), draw_growing(generator, 3), dynamic_shapes=shapes, strict=False
+        )
+        gm = program.module(check_guards=False)
+        assert isinstance(gm, GraphModule)
+        report = check(gm, [draw_growing(generator, n) for n in (3, 2, 5, 17)])
+        fused += sum(bool(fusion.sizes) for fusion in report.fusions)
+    assert fused > 8
 
 
 def test_nothing_to_compute() -> None:
