@@ -144,4 +144,6 @@ def _same_storage(one: Tensor, other: Tensor) -> bool | None:
     """Whether two traced values share a storage; None where the trace does not tell."""
     if not (isinstance(one, FakeTensor) and isinstance(other, FakeTensor)):
         return None
+    if one.layout != torch.strided or other.layout != torch.strided:
+        return None  # sparse: several tensors, and no storage of its own
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata

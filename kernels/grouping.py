@@ -73,10 +73,18 @@ class _Growing:
     region: str | None
     members: dict[Node, Call] = field(default_factory=dict[Node, Call])
     kinds: dict[Node, Kind] = field(default_factory=dict[Node, Kind])  # of members and of views of them
+    read: set[Node] = field(default_factory=set[Node])  # what members read, of each other too
     mask: int = 0
 
     def inputs(self) -> set[Node]:
-        return {a for call in self.members.values() for a in call.read() if a not in self.kinds}
+        return self.read - self.kinds.keys()
+
+    def add(self, other: _Growing) -> None:
+        self.width = max(self.width, other.width)
+        self.members |= other.members
+        self.kinds |= other.kinds
+        self.read |= other.read
+        self.mask |= other.mask
 
     def turns(self, rows: Any) -> bool:
         """Whether this is one row of `rows` elements, each on its own: it may as well be `rows` rows of one."""
@@ -148,8 +156,14 @@ class _Finder:
             return None
         group = _Growing(*domain, region_of(call.node))
         self.all.append(group)
-        self._add(group, {call.node: call}, {call.node: _own_kind(call)}, 1 << self.flow.index[call.node])
+        self._add(group, self._alone(call, _own_kind(call)))
         return group
+
+    def _alone(self, call: Call, kind: Kind) -> _Growing:
+        """A group of one op, to be united with another."""
+        width = int(width_of(call.value)) if kind is Kind.FULL else 1
+        mask = 1 << self.flow.index[call.node]
+        return _Growing((), width, region_of(call.node), {call.node: call}, {call.node: kind}, set(call.read()), mask)
 
     def _takes(self, group: _Growing, call: Call) -> bool:
         """Let an op join a group, if it fits there, or would if the group's columns were rows."""
@@ -168,12 +182,10 @@ class _Finder:
         return False
 
     def _joins(self, group: _Growing, call: Call) -> bool:
-        node, kind = call.node, self._fits(group, call)
-        if kind is None or not self._may_unite(group, {node: call}, {node: kind}, 1 << self.flow.index[node]):
+        kind = self._fits(group, call)
+        if kind is None or not self._may_unite(group, alone := self._alone(call, kind)):
             return False
-        if kind is Kind.FULL:
-            group.width = max(group.width, int(width_of(node.meta["val"])))
-        self._add(group, {node: call}, {node: kind}, 1 << self.flow.index[node])
+        self._add(group, alone)
         return True
 
     def _fits(self, group: _Growing, call: Call) -> Kind | None:
@@ -195,31 +207,36 @@ class _Finder:
             wide = len({group.width, other.width} - {1}) <= 1 or call.node.target is CONCATENATION
             if other is group or not alike or not wide:
                 continue
-            if self._may_unite(group, other.members, other.kinds, other.mask):
-                group.width = max(group.width, other.width)
+            if self._may_unite(group, other):
                 self.all.remove(other)
-                self._add(group, other.members, other.kinds, other.mask)
+                self._add(group, other)
 
-    def _add(self, group: _Growing, members: Mapping[Node, Call], kinds: Mapping[Node, Kind], mask: int) -> None:
-        group.members |= members
-        group.kinds |= kinds
-        group.mask |= mask
-        self.group |= dict.fromkeys(kinds, group)
+    def _add(self, group: _Growing, other: _Growing) -> None:
+        group.add(other)
+        self.group |= dict.fromkeys(other.kinds, group)
         self.reach.contract(group.mask, group.region)
 
-    def _may_unite(self, group: _Growing, members: Mapping[Node, Call], kinds: Mapping[Node, Kind], mask: int) -> bool:
+    def _may_unite(self, group: _Growing, other: _Growing) -> bool:
         united = _Growing(group.rows, group.width, group.region)
-        united.members, united.kinds = {**group.members, **members}, {**group.kinds, **kinds}
-        united.mask = group.mask | mask
+        united.add(group)
+        united.add(other)
         if len(united.members) > MOST_MEMBERS or len(united.inputs()) + len(self._read_outside(united)) > MOST_OPERANDS:
             return False
-        rows = product(group.rows)
-        for node, call in united.members.items():
-            for a in call.read():
-                new = node in members or a in kinds
-                if new and a in united.kinds and not rows_meet(call, united.kinds[node], a, united.kinds[a], rows):
-                    return False
+        if not self._meet(united, other, group) or not self._meet(united, group, other):
+            return False
         return not self.reach.cyclic(united.mask, group.region) and not self.reach.delays(united.mask, group.region)
+
+    def _meet(self, united: _Growing, reader: _Growing, source: _Growing) -> bool:
+        """Whether members of one group read what is of another at their own rows."""
+        if reader.read.isdisjoint(source.kinds):
+            return True
+        rows = product(united.rows)
+        return all(
+            rows_meet(call, reader.kinds[node], a, source.kinds[a], rows)
+            for node, call in reader.members.items()
+            for a in call.read()
+            if a in source.kinds
+        )
 
     def _read_outside(self, group: _Growing) -> list[Node]:
         """Members that something outside reads, themselves or through a view."""

@@ -7,6 +7,8 @@ region as one step, for that is how it is launched; inside a region only the reg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.fx import GraphModule, Node
 
 from .dataflow import Dataflow, positions
@@ -22,77 +24,80 @@ def regions_of(gm: GraphModule) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for node in gm.graph.nodes if (name := region_of(node)) is not None))
 
 
+class Order:
+    """A partial order of steps: sets (bit masks) of what each comes after and of what comes after it, both with itself.
+    Sets of steps can be made one."""
+
+    def __init__(self, predecessors: Sequence[Sequence[int]], among: int) -> None:
+        self.above: list[int] = []
+        for position, before in enumerate(predecessors):
+            mask = 1 << position
+            for other in before:
+                mask |= self.above[other]
+            self.above.append(mask & among)
+        self.below = [0] * len(predecessors)
+        for position in reversed(range(len(predecessors))):
+            self.below[position] = (self.below[position] | 1 << position) & among
+            for other in predecessors[position]:
+                self.below[other] |= self.below[position]
+
+    def contract(self, mask: int) -> None:
+        """The steps of `mask` are one from now on: whatever precedes one of them precedes whatever follows another."""
+        above, always_above = _spans(self.above, mask)
+        below, always_below = _spans(self.below, mask)
+        # What follows all of them comes after all that precedes one of them already.
+        for position in positions(below & ~always_below | mask):
+            self.above[position] |= above
+        for position in positions(above & ~always_above | mask):
+            self.below[position] |= below
+
+    def cyclic(self, mask: int) -> bool:
+        """Whether a path leaves the set and comes back."""
+        return bool(_spans(self.above, mask)[0] & _spans(self.below, mask)[0] & ~mask)
+
+
+def _spans(sets: Sequence[int], mask: int) -> tuple[int, int]:
+    """The union and the intersection of the sets of some steps."""
+    union, common = 0, -1
+    for position in positions(mask):
+        union |= sets[position]
+        common &= sets[position]
+    return union, common
+
+
 class Reach:
-    """For every node, the set (a bit mask) it must come after, itself included. Inputs, constants and sizes, which are
-    there from the start, are left out of the sets."""
+    """The order of a graph's nodes, its regions contracted, and that of each region's nodes among themselves. Inputs,
+    constants and sizes, which are there from the start, are in neither."""
 
     def __init__(self, flow: Dataflow) -> None:
         self.flow = flow
         given = flow.mask(node for node in flow.nodes if node.op in ("placeholder", "get_attr"))
-        work = ~(given | flow.constants | flow.symbolic)
-        self.region = [region_of(node) for node in flow.nodes]
+        work = ((1 << len(flow.nodes)) - 1) & ~(given | flow.constants | flow.symbolic)
+        self.outer = Order(flow.predecessors, work)
+        self.inner: dict[str, Order] = {}
         self.members: dict[str, int] = {}
-        for position, name in enumerate(self.region):
+        for position in positions(work):
+            name = region_of(flow.nodes[position])
             if name is not None:
                 self.members[name] = self.members.get(name, 0) | 1 << position
-        self.in_regions = 0
         for name, mask in self.members.items():
-            self.members[name] = mask & work
-            self.in_regions |= mask & work
+            self.inner[name] = Order(flow.predecessors, mask)
+            self.outer.contract(mask)
         self.after: list[list[int]] = [[] for _ in flow.nodes]
-        self.above: list[int] = []
-        for position, name in enumerate(self.region):
-            self.above.append(flow.ancestors[position] & work & (-1 if name is None else self.members[name]))
-            for other in flow.predecessors[position]:
+        for position, before in enumerate(flow.predecessors):
+            for other in before:
                 self.after[other].append(position)
-        self.region_above: dict[str, int] = {}
-        for name, mask in self.members.items():
-            self.region_above[name] = mask
-            for position in positions(mask):
-                self.region_above[name] |= flow.ancestors[position] & work
-        for name, mask in self.members.items():
-            self._spread(mask, self.region_above[name])
 
     def contract(self, mask: int, region: str | None) -> None:
         """The nodes of `mask` are one step from now on."""
-        above = self._above(mask)
-        if all(above & ~self.above[position] & ~mask == 0 for position in positions(mask)):
-            return  # whoever comes after one of them comes after all that it waits for already
-        if region is None:
-            self._spread(mask, above)
-            return
-        for position in positions(self.members[region]):
-            if self.above[position] & mask:
-                self.above[position] |= above
-
-    def _spread(self, mask: int, above: int) -> None:
-        for position, name in enumerate(self.region):
-            if name is None and self.above[position] & mask:
-                self.above[position] |= above
-        for name, before in self.region_above.items():
-            if before & mask:
-                self.region_above[name] = before | above
-
-    def _above(self, mask: int) -> int:
-        above = mask
-        for position in positions(mask):
-            above |= self.above[position]
-        return above
-
-    def _before(self, position: int, region: str | None) -> int:
-        """What must have run before the step that `position` belongs to, as a member of `region` sees it."""
-        name = self.region[position]
-        if name == region:
-            return self.above[position]
-        return 0 if name is None or region is not None else self.region_above[name]
+        self._order(region).contract(mask)
 
     def cyclic(self, mask: int, region: str | None) -> bool:
         """Whether a path leaves the set and comes back."""
-        for position in positions(mask):
-            for before in self.flow.predecessors[position]:
-                if not mask >> before & 1 and self._before(before, region) & mask:
-                    return True
-        return False
+        return self._order(region).cyclic(mask)
+
+    def _order(self, region: str | None) -> Order:
+        return self.outer if region is None else self.inner[region]
 
     def delays(self, mask: int, region: str | None) -> bool:
         """Note "a group and the regions beside it". A kernel runs when its last operand is there. So if one member
@@ -100,14 +105,18 @@ class Reach:
         region, and would now run behind it. And if a region waits for one member, no other may wait for more than the
         region does: the region could have run beside that, and would now run behind it.
         """
-        if region is not None:
+        if region is not None or not self.members:
             return False
-        above = self._above(mask)
-        waited = above & self.in_regions
+        above, _ = _spans(self.outer.above, mask)
+        regions = list(self.members.values())
+        waited = sum(above & inside for inside in regions)
         for position in positions(mask) if waited else ():
             for other in self.after[position]:
-                name = self.region[other]
-                seen = self.above[other] if name is None else self.region_above[name]
-                if not mask >> other & 1 and self.flow.nodes[other].op != "output" and waited & ~seen:
+                behind = mask >> other & 1 or self.flow.nodes[other].op == "output"
+                if not behind and waited & ~self.outer.above[other]:
                     return True
-        return any(before & mask and above & ~mask & ~before for before in self.region_above.values())
+        for inside in regions:
+            before = self.outer.above[next(positions(inside))]
+            if before & mask and above & ~mask & ~before:
+                return True
+        return False

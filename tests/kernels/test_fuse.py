@@ -278,6 +278,27 @@ def test_other_dtypes_are_opaque() -> None:
     assert {n.meta["val"].dtype for f in report.fusions for n in (*f.group.nodes, *f.inputs)} <= known
 
 
+def test_sparse_tensors_are_opaque() -> None:
+    x = torch.eye(4)
+    report = check(trace(Function(lambda x: (x.to_sparse().to_dense() * 2 + 1).relu()), (x,)).graph_module, [(x,)])
+    assert [node.name for node in report.fusions[0].group.nodes] == ["mul", "add", "relu"]
+
+
+class Chooses(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2 + 1
+        chosen = torch.cond(x.sum() > 0, lambda y: y.sin() + 1, lambda y: y.cos() * 2, (y,))
+        return (chosen * 3 + 1).relu() + y.nonzero().shape[0]
+
+
+def test_graphs_in_the_graph_and_sizes_read_from_values_stay() -> None:
+    x = torch.ones(3, 4)
+    gm = torch.export.export(Chooses(), (x,)).module(check_guards=False)
+    assert isinstance(gm, GraphModule)
+    report = check(gm, [(x,), (-x,)])
+    assert sum(len(fusion.group.nodes) for fusion in report.fusions) >= 4
+
+
 def small() -> GraphModule:
     return trace(Function(lambda x: (x * 2 + 1).relu()), (torch.ones(3, 4),)).graph_module
 
