@@ -23,6 +23,7 @@ from ..runtime.errors import AuxstreamError, AuxstreamWarning, CaptureError, Rac
 from ..runtime.machine import current_machine, thread_state, using_machine
 from ..runtime.settings import SETTINGS, VERIFY_VALUES, Verify
 from .allocator import AllocatorModel
+from .evidence import Evidence, from_program
 from .program import Program
 from .proof import Report, not_checked
 from .proof import verify as prove
@@ -66,6 +67,11 @@ class CapturedGraph:
         if self._program is None:
             raise self._unfinished("its program")
         return self._program
+
+    @property
+    def evidence(self) -> Evidence:
+        """What its proof is about."""
+        return from_program(self.program)
 
     @property
     def report(self) -> Report:

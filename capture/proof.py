@@ -1,34 +1,34 @@
-"""The proof: a recorded program is free of cross-stream races, or here is each one.
+"""The proof: captured work is free of cross-stream races, or here is each one.
 
-Enters: a `Program`, or anything that has one (`CapturedGraph`). Leaves: a `Report` that reads well and says what it
+Enters: a `CapturedGraph`, a `Program`, or `Evidence` of any origin. Leaves: a `Report` that reads well and says what it
 took for granted. The judgement itself is capture/hazards.py; this file turns node numbers back into ops, tensors,
 lines, and the edge whose absence matters.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Protocol
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
-from .hazards import Hazard, find_hazards
-from .program import Op, Program
-
-OP_LEVEL: Final = (
-    "ops access what their schemas declare, and nothing else",
-    "memory an op takes and frees inside itself (library workspaces) is not seen",
-)
+from .evidence import Evidence, Node, from_program
+from .hazards import Access, Graph, Hazard, find_hazards
+from .program import Program
 
 
-class HasProgram(Protocol):
+class HasEvidence(Protocol):
     """A captured graph."""
 
     @property
-    def program(self) -> Program: ...
+    def evidence(self) -> Evidence: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Party:
-    """One side of a race: an op, its stream and region, and how it touches the bytes."""
+    """One side of a race: an op, its stream and region, and how it touches the bytes.
+
+    `node` is its position in `Report.nodes`; `kernel` the device's name for it, where the graph was read back.
+    """
 
     op: str
     stream: str
@@ -36,6 +36,8 @@ class Party:
     line: str
     writes: bool
     buffer: str
+    node: int
+    kernel: str = ""
 
     def __str__(self) -> str:
         where = f"{self.stream}, region {self.region}" if self.region else self.stream
@@ -67,14 +69,15 @@ class Report:
         races: pairs of ops in no fixed order on the same bytes; empty is what `ok` needs.
         unattributed: work the checker cannot explain; fails the proof as a race does.
         assumptions: what the proof takes for granted.
-        ops, edges: size of what was checked.
+        nodes: what was checked: ops of a program, or nodes of a CUDA graph, in the order they were enqueued.
+        edges: what orders them, as positions in `nodes`.
     """
 
     races: tuple[Race, ...]
     unattributed: tuple[str, ...]
     assumptions: tuple[str, ...]
-    ops: int
-    edges: int
+    nodes: tuple[Node, ...]
+    edges: tuple[tuple[int, int], ...]
 
     @property
     def ok(self) -> bool:
@@ -82,7 +85,9 @@ class Report:
         return not self.races and not self.unattributed
 
     def __str__(self) -> str:
-        head = f"{self.ops} ops, {self.edges} ordering edges: "
+        work = [node for node in self.nodes if node.line or node.kernel]
+        what = "nodes of the CUDA graph" if any(node.kernel for node in work) else "ops"
+        head = f"{len(work)} {what}, {len(self.edges)} ordering edges: "
         if self.ok:
             head += "no race"
         else:
@@ -92,40 +97,64 @@ class Report:
         lines += [f"assumed: {item}" for item in self.assumptions]
         return "\n".join(lines)
 
+    def to_json(self) -> str:
+        """Everything but the nodes' bytes, for other tools."""
+        nodes = [
+            {"op": node.name, "kernel": node.kernel, "stream": node.stream, "region": node.region, "line": node.line}
+            for node in self.nodes
+        ]
+        found: dict[str, Any] = {
+            "ok": self.ok,
+            "races": [asdict(race) for race in self.races],
+            "unattributed": self.unattributed,
+            "assumptions": self.assumptions,
+            "nodes": nodes,
+            "edges": self.edges,
+        }
+        return json.dumps(found, indent=1)
 
-def verify(graph: Program | HasProgram) -> Report:
+
+def verify(graph: Program | Evidence | HasEvidence) -> Report:
     """Check every pair of ops that share bytes, at least one writing, for an ordering path between them.
 
     Args:
-        graph: a program, or a captured graph that holds one.
+        graph: a captured graph, a program, or evidence.
     """
-    program = graph if isinstance(graph, Program) else graph.program
-    plain = program.graph()
-    races = tuple(_race(program, hazard) for hazard in find_hazards(plain))
-    known = set(program.stream_names)
-    strangers = [step for step in program.steps if step.stream not in known]
-    unattributed = tuple(
-        dict.fromkeys(
-            f"`{step.name}` ran on a stream no region opened, at {step.line}"
-            for step in strangers
-            if isinstance(step, Op)
-        )
-    )
-    ops = sum(isinstance(step, Op) for step in program.steps)
-    return Report(races, unattributed, OP_LEVEL, ops, len(plain.edges))
+    match graph:
+        case Evidence():
+            evidence = graph
+        case Program():
+            evidence = from_program(graph)
+        case _:
+            evidence = graph.evidence
+    races = tuple(_race(evidence, hazard) for hazard in find_hazards(_graph(evidence)))
+    return Report(races, evidence.unattributed, evidence.assumptions, evidence.nodes, evidence.edges)
 
 
 def not_checked(program: Program) -> Report:
     """The report of a graph nobody checked: it says so, and is not `ok`."""
-    ops = sum(isinstance(step, Op) for step in program.steps)
-    return Report((), ("the whole graph: captured with verify='off'",), (), ops, len(program.edges()))
+    evidence = from_program(program)
+    why = ("the whole graph: captured with verify='off'",)
+    return Report((), why, (), evidence.nodes, evidence.edges)
 
 
-def _race(program: Program, hazard: Hazard) -> Race:
-    # Steps are numbered in program order, which is the order the author meant.
+def _graph(evidence: Evidence) -> Graph:
+    """The plain form the hazards checker takes."""
+    accesses: list[tuple[Access, ...]] = []
+    for node in evidence.nodes:
+        found: dict[tuple[int, int, bool], None] = {}
+        for ref, writes in node.touches:
+            for start, stop in ref.ranges(evidence.buffers[ref.buffer].address):
+                found[(start, stop, writes)] = None
+        accesses.append(tuple(Access(*key) for key in found))
+    return Graph(tuple(accesses), evidence.edges)
+
+
+def _race(evidence: Evidence, hazard: Hazard) -> Race:
+    # Nodes are numbered as they were enqueued, which is the order the author meant.
     early, late = sorted((hazard.first, hazard.second))
-    first, first_buffer = _party(program, early, hazard.start)
-    second, second_buffer = _party(program, late, hazard.start)
+    first, first_buffer = _party(evidence, early, hazard.start)
+    second, second_buffer = _party(evidence, late, hazard.start)
     reuse = first_buffer != second_buffer
     missing = f"a wait on {second.stream} for {first.stream} after `{first.op}`, before `{second.op}`"
     if reuse:
@@ -133,14 +162,11 @@ def _race(program: Program, hazard: Hazard) -> Race:
     return Race(first, second, hazard.stop - hazard.start, reuse, missing, hazard)
 
 
-def _party(program: Program, index: int, byte: int) -> tuple[Party, int]:
-    op = program.steps[index]
-    assert isinstance(op, Op), op
-    for refs, writes in ((op.writes, True), (op.reads, False)):
-        for ref in refs:
-            for start, stop in ref.ranges(program.buffers[ref.buffer].address):
-                if start <= byte < stop:
-                    stream = program.stream_names.get(op.stream, f"stream {op.stream:#x}")
-                    label = program.buffers[ref.buffer].label
-                    return Party(op.name, stream, op.region, op.line, writes, label), ref.buffer
-    raise AssertionError(f"step {index} does not touch byte {byte:#x}")
+def _party(evidence: Evidence, index: int, byte: int) -> tuple[Party, int]:
+    node = evidence.nodes[index]
+    for ref, writes in node.touches:  # writes come first
+        buffer = evidence.buffers[ref.buffer]
+        if any(start <= byte < stop for start, stop in ref.ranges(buffer.address)):
+            party = Party(node.name, node.stream, node.region, node.line, writes, buffer.label, index, node.kernel)
+            return party, ref.buffer
+    raise AssertionError(f"node {index} does not touch byte {byte:#x}")
