@@ -4,10 +4,11 @@ Enters: a call and its row of the table. Leaves: `Terms`, and bodies that conver
 Invariant: whatever eager rounds to a half-precision dtype on the call's device is rounded here, and nothing else:
 
     a tensor          to the common dtype, then computed on in float32
-    a Python number   likewise; kept in float32 where the op's kernel takes it as such (`exact`, per device)
+    a Python number   likewise; only to float32 where the op's kernel takes it as such (`exact`, per device)
     a tensor without  likewise; on the CPU multiplication and division keep their second operand
       dimensions
-    x / number        on CUDA x * (1 / number), the reciprocal rounded to float32
+    x / number        on CUDA x * (1 / number), the reciprocal taken in float64 and rounded to float32; rounded to whole
+                      numbers, x * (1 / number) of the number rounded to float32
     pow 3, pow -2     every step rounded: bfloat16 everywhere, float16 on CUDA
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND as Promotion
 from torch._prims_common import elementwise_dtypes
 
-from .body import MLIR_TYPE, Body, Number, Scalar, Term, to_float32
+from .body import MLIR_TYPE, Body, Number, Scalar, Term
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -34,7 +35,7 @@ class Terms:
     """What the operands are promoted to."""
     device: str
     exact: bool
-    """Whether numbers keep float32 where `common` is narrower."""
+    """Whether numbers are not rounded to `common` where it is narrower than float32."""
 
     @property
     def compute(self) -> torch.dtype:
@@ -51,7 +52,7 @@ class Terms:
         if not self.common.is_floating_point:
             return bool(value) if self.common is torch.bool else int(value)
         if self.exact:
-            return to_float32(value)
+            return float(value)  # float32 as soon as it becomes a constant
         return float(torch.tensor(float(value), dtype=torch.float64).to(torch.float32).to(self.common))
 
 

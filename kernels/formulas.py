@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from .body import Number, Scalar, Term
+from .body import Number, Scalar, Term, to_float32
 from .eager import EagerBody as Body
 
 
@@ -39,15 +39,14 @@ def times_itself(b: Body, x: Scalar) -> Scalar:
 
 
 def divide(b: Body, x: Scalar, y: Term) -> Scalar:
-    inverse = _inverse(b, y)
-    return b.div(x, y) if inverse is None else b.mul(x, inverse)
-
-
-def _inverse(b: Body, y: Term) -> float | None:
-    """The factor CUDA's kernels multiply by instead of dividing by a number."""
     if isinstance(y, Scalar) or not b.on_cuda or y == 0:
-        return None
-    return 1.0 / float(y)  # rounded to float32 as a constant: of a float32, that is the float32 quotient
+        return b.div(x, y)
+    return b.mul(x, 1.0 / float(y))
+
+
+def _single(y: Term) -> Term:
+    """A divisor as the kernels that round quotients take it: a number in float32, whose reciprocal then is too."""
+    return y if isinstance(y, Scalar) else to_float32(y)
 
 
 def divide_rounded(b: Body, x: Scalar, y: Term, rounding_mode: str = "floor") -> Scalar:
@@ -55,7 +54,7 @@ def divide_rounded(b: Body, x: Scalar, y: Term, rounding_mode: str = "floor") ->
         return floor_divide(b, x, y)
     if not x.floating:
         return b.binary("arith.divsi", x, y)
-    quotient = divide(b, x, y)
+    quotient = divide(b, x, _single(y))
     return b.math("trunc", b.step(quotient) if isinstance(y, Scalar) else quotient)
 
 
@@ -63,14 +62,13 @@ def floor_divide(b: Body, x: Scalar, y: Term) -> Scalar:
     """As torch (and Python) floor-divides floats: through the remainder, so that x == q * y + r holds."""
     if not x.floating:
         return b.binary("arith.floordivsi", x, y)
-    inverse, y = _inverse(b, y), b.of(y, x.type)
+    divisor, y = _single(y), b.of(y, x.type)
     rest = b.binary("arith.remf", x, y)
-    quotient = b.sub(x, rest)
-    quotient = b.div(quotient, y) if inverse is None else b.mul(quotient, inverse)
+    quotient = divide(b, b.sub(x, rest), divisor)
     quotient = b.select(_crossed(b, rest, y), b.sub(quotient, 1), quotient)
     floor = b.math("floor", quotient)
     floor = b.select(b.compare("gt", b.sub(quotient, floor), 0.5), b.add(floor, 1), floor)
-    straight = b.div(x, y) if inverse is None else b.mul(x, inverse)
+    straight = divide(b, x, divisor)
     floor = b.select(b.compare("ne", quotient, 0), floor, b.binary("math.copysign", 0, straight))
     return b.select(b.compare("eq", y, 0), straight, floor)
 
@@ -221,7 +219,7 @@ def leaky_relu(b: Body, x: Scalar, negative_slope: Number = 0.01) -> Scalar:
 
 
 def elu(b: Body, x: Scalar, alpha: Number = 1, scale: Number = 1, input_scale: Number = 1) -> Scalar:
-    negative = b.mul(b.math("expm1", b.mul(x, input_scale)), float(alpha) * float(scale))
+    negative = b.mul(b.math("expm1", b.mul(x, input_scale)), to_float32(alpha) * to_float32(scale))
     return b.select(b.compare("le", x, 0), negative, b.mul(x, scale))
 
 

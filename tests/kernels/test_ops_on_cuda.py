@@ -56,9 +56,10 @@ def single(value: float) -> Tensor:
 
 @pytest.mark.parametrize("dtype", X, ids=str)
 def test_division_by_a_number_multiplies_by_its_reciprocal(dtype: torch.dtype) -> None:
-    wanted = (X[dtype].float() * (1 / single(1.1))).to(dtype)
-    exactly(on_cuda(aten.div.Tensor, X[dtype], 1.1), wanted)
-    exactly(on_cuda(aten.div.Scalar, X[dtype], 1.1), wanted)
+    assert single(1 / 1.1) != 1 / single(1.1)  # true division rounds once, what rounds quotients rounds before it
+    wanted = (X[dtype].float() * single(1 / 1.1)).to(dtype)
+    for target in (aten.div.Tensor, aten.div.Scalar, aten.divide.Scalar, aten.true_divide.Scalar):
+        exactly(on_cuda(target, X[dtype], 1.1), wanted)
     trunc = (X[dtype].float() * (1 / single(1.1))).trunc().to(dtype)
     exactly(on_cuda(aten.div.Scalar_mode, X[dtype], 1.1, rounding_mode="trunc"), trunc)
 
