@@ -62,14 +62,14 @@ class CaptureStream:
 
 
 class CudaCapture:
-    """The `with` block between `capture_begin` and `capture_end`. `reserved`: bytes it took from the device."""
+    """The `with` block between `capture_begin` and `capture_end`. `device`: index; `reserved`: bytes taken from it."""
 
     def __init__(
         self, graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any, stream: torch.cuda.Stream | None
     ) -> None:
         self.reserved = 0
         self._graph = graph
-        self._device = _index(device)
+        self.device = _index(device)
         self._shared_pool = pool
         self._given_stream = stream
 
@@ -85,17 +85,17 @@ class CudaCapture:
             self._refuse(self._given_stream)
         pool = self._shared_pool if self._shared_pool is not None else torch.cuda.graph_pool_handle()
         self._outer_device = torch.cuda.current_device()
-        torch.cuda.set_device(self._device)
+        torch.cuda.set_device(self.device)
         self._caller = torch.cuda.current_stream()
         self._lane = (
-            None if self._given_stream is not None else _capture_streams(self._device, threading.get_ident()).take(0)
+            None if self._given_stream is not None else _capture_streams(self.device, threading.get_ident()).take(0)
         )
         stream = self._given_stream if self._lane is None else self._lane.torch_stream
         assert stream is not None
         stream.wait_stream(self._caller)
-        self._reserved_before = torch.cuda.memory_reserved(self._device)
+        self._reserved_before = torch.cuda.memory_reserved(self.device)
         self._stream = stream
-        generator = torch.cuda.default_generators[self._device]
+        generator = torch.cuda.default_generators[self.device]
         rng = generator.clone_state()
         self._collecting = gc.isenabled()
         gc.disable()  # a collection in mid-capture would free blocks at moments that differ from run to run
@@ -125,13 +125,13 @@ class CudaCapture:
                 self._graph.reset()
         finally:
             self._restore()
-        self.reserved = torch.cuda.memory_reserved(self._device) - self._reserved_before
+        self.reserved = torch.cuda.memory_reserved(self.device) - self._reserved_before
 
     def _refuse(self, stream: torch.cuda.Stream) -> None:
-        default = torch.cuda.default_stream(self._device)
-        if stream.device.index != self._device or stream == default:
+        default = torch.cuda.default_stream(self.device)
+        if stream.device.index != self.device or stream == default:
             raise CaptureError(
-                f"this stream cannot capture on cuda:{self._device}",
+                f"this stream cannot capture on cuda:{self.device}",
                 expected="a stream of that device, and not its default one",
                 came="the default stream" if stream == default else f"a stream of {stream.device}",
                 remedy="pass stream=torch.cuda.Stream(...), or leave it out",

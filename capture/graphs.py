@@ -8,10 +8,10 @@ the RNG are as before, and nothing stays half-captured.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -31,6 +31,9 @@ from .record import Recorder
 from .simulate import Simulation
 from .source import host_read
 from .streams import CALLER, InlineStreams, RecordingMachine, SimulatedStreams
+
+OBSERVERS: Final[list[Callable[[CapturedGraph], None]]] = []
+"""Told of each captured graph, proved or not, before a failed proof raises."""
 
 _HOST_READS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__})
 _FROM_VALUES = frozenset({torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor})
@@ -59,6 +62,7 @@ class CapturedGraph:
         self.regions: tuple[str, ...] = ()
         self._program: Program | None = None
         self._report: Report | None = None
+        self._evidence: Evidence | None = None
         self._memory = GraphMemory(0)
         self._outside: Mapping[int, Tensor] = {}
 
@@ -70,8 +74,8 @@ class CapturedGraph:
 
     @property
     def evidence(self) -> Evidence:
-        """What its proof is about."""
-        return from_program(self.program)
+        """What its proof is about: the CUDA graph's own nodes where there is one, else the program."""
+        return self._evidence or from_program(self.program)
 
     @property
     def report(self) -> Report:
@@ -83,12 +87,20 @@ class CapturedGraph:
     def memory(self) -> GraphMemory:
         return self._memory
 
-    def attach(self, program: Program, report: Report, regions: tuple[str, ...], outside: Mapping[int, Tensor]) -> None:
+    def attach(self, program: Program, regions: tuple[str, ...], outside: Mapping[int, Tensor]) -> None:
         """Take what the capture recorded; `outside` keeps every external input alive for as long as the graph."""
         self._program = program
-        self._report = report
         self.regions = regions
         self._outside = outside
+
+    def prove(self, *, checked: bool) -> Report:
+        """Fill in the report."""
+        self._report = prove(self.evidence) if checked else not_checked(self.program)
+        return self._report
+
+    def attach_evidence(self, evidence: Evidence) -> None:
+        """Take what was read back from the CUDA graph."""
+        self._evidence = evidence
 
     def _unfinished(self, what: str) -> CaptureError:
         return CaptureError(
@@ -300,6 +312,7 @@ def _capture(
     name: str, mode: Verify, device: torch.device, pool: Any, stream: torch.cuda.Stream | None
 ) -> Generator[CapturedGraph]:
     from ..runtime.cuda import CudaMachine
+    from .attribution import CaptureWatch
     from .cuda_capture import CudaCapture
 
     captured = CudaGraph(name)
@@ -309,12 +322,19 @@ def _capture(
         streams = InlineStreams(CudaMachine().current_handle)
     machine = RecordingMachine(streams, recorder)
     recorder.record_use = lambda tensor, _: tensor.record_stream(torch.cuda.current_stream())
-    with (
-        CudaCapture(captured.cuda_graph, device, pool, stream) as capture,
-        _recording(machine, _NoHostReads("cuda"), recorder),
-    ):
-        yield captured
-    _close(captured, recorder, machine, recorder.finish(), mode)
+    with ExitStack() as stack:
+        capture = CudaCapture(captured.cuda_graph, device, pool, stream)
+        watch = None if mode == "off" else stack.enter_context(CaptureWatch(recorder, capture.device))
+        with capture, _recording(machine, _NoHostReads("cuda"), recorder):
+            if watch is not None:
+                watch.begin(streams.current_handle())
+            yield captured
+            if watch is not None:
+                watch.end(streams.current_handle())
+        program = recorder.finish()
+        if watch is not None:
+            captured.attach_evidence(watch.evidence(captured.cuda_graph, program))
+    _close(captured, recorder, machine, program, mode)
     captured.cuda_graph.instantiate()
     captured.ready(GraphMemory(capture.reserved))
 
@@ -323,8 +343,10 @@ def _close(
     captured: CapturedGraph, recorder: Recorder, machine: RecordingMachine, program: Program, mode: Verify
 ) -> None:
     """Attach what was recorded, prove it, and act on a failed proof."""
-    report = not_checked(program) if mode == "off" else prove(program)
-    captured.attach(program, report, tuple(machine.names), recorder.outside)
+    captured.attach(program, tuple(machine.names), recorder.outside)
+    report = captured.prove(checked=mode != "off")
+    for observe in OBSERVERS:
+        observe(captured)
     if report.ok or mode == "off":
         return
     if mode == "error":

@@ -5,16 +5,18 @@ recorder serves both machines: over CPU tensors it places buffers with the alloc
 whatever the recorded ops did to outside tensors; under a CUDA capture it notes the addresses the real allocator
 chose. Invariant: the recorder never keeps a tensor of the program alive, or the lifetimes it records would be its own.
 
-Note "who may read what". A stream reads a block safely, as far as its lifetime goes, if it allocated the block, was
-handed it (declared at fork, returned at join), or if the block comes from outside and the graph keeps it alive. Any
-other read gets the lifetime handoff and a warning when it is at least ordered behind the block's last write; when it
-is not, it is an error. Ordering edges are never added behind the user's back.
+Note "inside custom ops". An op from outside torch is one step, but the ops it is made of are watched: what they touch
+and the schema hides is added to what the op touches.
+
+Note "the host". Under a CUDA capture the host runs at once what replays repeat later: a write to pinned memory follows
+nothing, so the stream `host` has edges to the copies enqueued after it and none back.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -27,19 +29,24 @@ from ..kernels.accesses import hidden_writes
 from ..runtime.errors import AuxstreamWarning, CaptureError, UndeclaredAccessError
 from ..runtime.settings import Verify
 from .allocator import AllocatorModel
+from .handing import Handing, Verdict
 from .program import Buffer, Op, Program, Record, Step, TensorRef, Wait
-from .source import host_read, source_line
+from .refusals import refuse_host_traffic, refuse_layouts, refuse_resizing
+from .source import source_line
 
 # In-place ops that overwrite without reading; every other written argument counts as read too.
 _OVERWRITES: Final = frozenset(
     {"copy_", "fill_", "zero_", "uniform_", "normal_", "random_", "exponential_", "bernoulli_"}
 )
 
-_aten: Final = torch.ops.aten
-_COPIES: Final = (_aten.copy_.default, _aten._to_copy.default)
+HOST: Final = -1
+"""The stream of what the host does to pinned memory during a CUDA capture."""
 
-# Writing through a mask counts its elements on the host, unless one value goes everywhere.
-_MASKED_WRITES: Final = frozenset({_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default})
+OWN_NAMESPACES: Final = frozenset({"aten", "prims", "prim", "auxstream", "auxstream_fused"})
+"""Ops whose schemas hold, or that the proof looks into by other means."""
+
+_aten: Final = torch.ops.aten
+_has_kernel: Final = torch._C._dispatch_has_computed_kernel_for_dispatch_key
 
 
 class _Storage:
@@ -58,6 +65,15 @@ class _Storage:
         torch.UntypedStorage._free_weak_ref(self.weak)
 
 
+@dataclass(slots=True)
+class _Inside:
+    """What the ops inside a custom op touch; `own`: storages of tensors that they made."""
+
+    reads: list[TensorRef] = field(default_factory=list)
+    writes: list[TensorRef] = field(default_factory=list)
+    own: dict[int, _Storage] = field(default_factory=dict)
+
+
 class Recorder(TorchDispatchMode):
     """Fills a program. `allocator` None: the addresses are the device's own (a CUDA capture is under way)."""
 
@@ -70,6 +86,8 @@ class Recorder(TorchDispatchMode):
         self.watch: Verify = watch
         self.current: Any = lambda: 0  # the current stream's id; the recording machine puts the real one here
         self.record_use: Any = lambda tensor, stream: None  # likewise: the real `record_stream`
+        self.before_op: Any = lambda step, stream: None  # told of each op, and the step it will be, before it runs
+        self.after_op: Any = lambda step, stream: None  # and after; step None: it made none
         self.region: str | None = None
         self.steps: list[Step] = []
         self.buffers: list[Buffer] = []
@@ -77,11 +95,9 @@ class Recorder(TorchDispatchMode):
         self.outside: dict[int, Tensor] = {}  # buffer -> a byte view that keeps outside memory alive
         self._storages: dict[int, _Storage] = {}
         self._inside_live: dict[int, _Storage] = {}
-        self._handed: dict[int, set[int]] = {}  # buffer -> streams it was handed to
-        self._written: dict[int, tuple[int, int]] = {}  # buffer -> (stream, position) of its last write
-        self._clocks: dict[int, dict[int, int]] = {}
-        self._marks: dict[int, dict[int, int]] = {}  # record step -> clock
+        self._handing = Handing()
         self._saved: dict[int, Tensor] = {}  # outside buffer -> its bytes before the recording
+        self._inside: _Inside | None = None
         self._generators: dict[torch.Generator, Tensor] = {}  # the user's own generators -> their states before
 
     # -- ordering ------------------------------------------------------------------------------------------------
@@ -89,30 +105,30 @@ class Recorder(TorchDispatchMode):
     def _append(self, step: Step) -> int:
         index = len(self.steps)
         self.steps.append(step)
-        clock = self._clocks.setdefault(step.stream, {})
-        clock[step.stream] = clock.get(step.stream, 0) + 1
+        self._handing.step(step.stream)
         return index
 
     def mark(self, stream: int, what: str) -> int:
         """Note an event record; returns the step to wait for."""
         index = self._append(Record(stream, what))
-        self._marks[index] = dict(self._clocks[stream])
+        self._handing.mark(index, stream)
         return index
 
     def wait(self, stream: int, source: int, what: str) -> None:
         """Note that `stream` waits for the record at step `source`."""
         self._append(Wait(stream, source, what))
-        clock = self._clocks[stream]
-        for other, position in self._marks[source].items():
-            clock[other] = max(clock.get(other, 0), position)
+        self._handing.wait(stream, source)
 
     def hand(self, tensors: Sequence[Tensor], stream: int, *, recorded: bool) -> None:
         """Note that `stream` was handed `tensors`; `recorded` ones had `record_stream` called on them."""
         for tensor in tensors:
             buffer = self.buffer_of(tensor)
-            self._handed.setdefault(buffer, set()).add(stream)
+            self._handing.hand(buffer, stream)
             if recorded and self.allocator is not None and self.buffers[buffer].stream is not None:
                 self.allocator.record_use(self.buffers[buffer].address, stream)
+
+    def _name(self, stream: int) -> str:
+        return self.stream_names.get(stream, str(stream))
 
     # -- memory --------------------------------------------------------------------------------------------------
 
@@ -191,12 +207,16 @@ class Recorder(TorchDispatchMode):
         if func is _aten.lift_fresh.default and self.allocator is not None:
             with self:  # torch.tensor(...): made anew by every replay, as if the block ran again
                 return args[0].clone()
-        self._refuse_host_traffic(func, args, kwargs, tensors)
-        self._refuse_layouts(func, tensors)
+        if self._inside is not None:
+            return self._look_inside(self._inside, func, args, kwargs)
+        refuse_host_traffic(self.device_type, func, args, kwargs, tensors)
+        refuse_layouts(func, tensors)
         self.sweep()
         mine = [tensor for tensor in tensors if tensor.device.type == self.device_type]
         reads, writes = self._split(func, args, kwargs)
         stream = self.current()
+        if self.device_type == "cuda" and any(tensor.device.type == "cpu" for tensor in tensors):
+            stream = self._meet_host(mine, (*reads, *writes), stream)
         views = func.is_view or torch.Tag.inplace_view in func.tags  # such ops look at metadata alone
         if not views:
             self._watch_reads(func, mine, stream)
@@ -207,42 +227,91 @@ class Recorder(TorchDispatchMode):
         plain_args, plain_kwargs = pytree.tree_map_only(
             Tensor, lambda leaf: self.ref(leaf) if leaf.device.type == self.device_type else leaf, (args, kwargs)
         )
-        result = func(*args, **kwargs)
-        self._refuse_resizing(func, writes)
+        self.before_op(len(self.steps), stream)
+        result, inside = self._run(func, args, kwargs)
+        read_refs += tuple(ref for ref in inside.reads if ref not in read_refs)
+        write_refs += tuple(ref for ref in inside.writes if ref not in write_refs)
+        for tensor in writes:
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._storages:
+                refuse_resizing(func, self.buffers[self.buffer_of(tensor)].nbytes, storage.nbytes())
         fresh = self._fresh(result, stream, func)
         made = tuple(ref for ref in fresh if ref is not None)
         if not made and (views or not (write_refs or (read_refs and result is None))):
+            self.after_op(None, stream)
             return result  # a view, or an op on the host: it touches no byte of the program
-        self._append(
-            Op(
-                stream,
-                func,
-                plain_args,
-                plain_kwargs,
-                fresh,
-                read_refs,
-                (*made, *write_refs),
-                source_line(),
-                self.region,
-            )
-        )
-        for ref in (*made, *write_refs):
-            self._written[ref.buffer] = (stream, self._clocks[stream][stream])
+        touched = (*made, *write_refs)
+        line = source_line()
+        self._append(Op(stream, func, plain_args, plain_kwargs, fresh, read_refs, touched, line, self.region))
+        self.after_op(len(self.steps) - 1, stream)
+        for ref in touched:
+            self._handing.wrote(ref.buffer, stream)
         return result
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, _Inside]:
+        """Call an op; one from outside torch with its insides watched."""
+        inside = _Inside()
+        key = self.device_type.upper()
+        if func.namespace in OWN_NAMESPACES or not _has_kernel(func.name(), key):
+            return func(*args, **kwargs), inside
+        self._inside = inside
+        try:
+            with self:
+                keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+                return func.redispatch(keys, *args, **kwargs), inside
+        finally:
+            self._inside = None
+
+    def _look_inside(self, inside: _Inside, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """An op that a custom op is made of."""
+        views = func.is_view or torch.Tag.inplace_view in func.tags
+        reads, writes = ([], []) if views else self._split(func, args, kwargs)
+        own = {key for key, storage in inside.own.items() if not storage.expired()}
+        reads, writes = (
+            [tensor for tensor in found if tensor.untyped_storage()._cdata not in own] for found in (reads, writes)
+        )
+        if self.allocator is not None:
+            self._save(writes, kwargs)
+        inside.reads += [self.ref(tensor) for tensor in reads]
+        inside.writes += [self.ref(tensor) for tensor in writes]
+        result = func(*args, **kwargs)
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._storages:
+                    inside.own[storage._cdata] = _Storage(storage, -1)
+        return result
+
+    def _meet_host(self, mine: Sequence[Tensor], touched: Sequence[Tensor], stream: int) -> int:
+        """The stream of an op that touches host memory. One on the host alone counts if a captured copy knows it."""
+        if not mine:
+            self.stream_names.setdefault(HOST, "host")
+            return HOST
+        if self._handing.used(HOST) and any(tensor.device.type == "cpu" for tensor in touched):
+            self.wait(stream, self.mark(HOST, "host work so far"), "host work so far")
+        return stream
+
+    def _is_mine(self, leaf: Any, on_device: bool) -> bool:
+        """Whether a value is memory of the program: on its device; pinned, in an op of the device; or known."""
+        if not isinstance(leaf, Tensor):
+            return False
+        if leaf.device.type == self.device_type:
+            return True
+        if self.device_type != "cuda" or leaf.device.type != "cpu" or leaf.layout is not torch.strided:
+            return False
+        return leaf.is_pinned() if on_device else leaf.untyped_storage()._cdata in self._storages
 
     def _split(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         reads: list[Tensor] = []
         writes: list[Tensor] = []
         schema = func._schema
+        leaves = pytree.tree_leaves((args, kwargs))
+        on_device = any(isinstance(leaf, Tensor) and leaf.device.type == self.device_type for leaf in leaves)
         hidden = hidden_writes(func, args)
         overwrites = schema.name.rpartition("::")[2] in _OVERWRITES
         for position, argument in enumerate(schema.arguments):
-            value = kwargs.get(argument.name) if argument.kwarg_only or position >= len(args) else args[position]
-            found = [
-                leaf
-                for leaf in pytree.tree_leaves(value)
-                if isinstance(leaf, Tensor) and leaf.device.type == self.device_type
-            ]
+            value: Any = kwargs.get(argument.name) if argument.kwarg_only or position >= len(args) else args[position]
+            found = [leaf for leaf in pytree.tree_leaves(value) if self._is_mine(leaf, on_device)]
             written = (argument.alias_info is not None and argument.alias_info.is_write) or position in hidden
             if written:
                 writes.extend(found)
@@ -254,7 +323,7 @@ class Recorder(TorchDispatchMode):
         fresh: list[TensorRef | None] = []
         label = str(func).removeprefix("aten.")
         leaves = pytree.tree_leaves(result)
-        self._refuse_layouts(func, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        refuse_layouts(func, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
         for leaf in leaves:
             if not isinstance(leaf, Tensor) or leaf.device.type != self.device_type:
                 fresh.append(None)
@@ -294,21 +363,20 @@ class Recorder(TorchDispatchMode):
             if known is None:
                 continue
             buffer = self.buffers[known.buffer]
-            if buffer.stream is None or buffer.stream == stream:
+            verdict = self._handing.judge(known.buffer, buffer.stream, stream)
+            if verdict is Verdict.FINE:
                 continue
-            if stream in self._handed.get(known.buffer, ()):
-                continue
-            writer, position = self._written.get(known.buffer, (stream, 0))
-            here = self.stream_names.get(stream, str(stream))
-            if self._clocks.get(stream, {}).get(writer, 0) < position:
+            here = self._name(stream)
+            if verdict is Verdict.UNORDERED:
+                writer = self._handing.last_writer(known.buffer)
                 raise UndeclaredAccessError(
                     f"{func} on {here} touches a tensor it was never handed, of shape {tuple(tensor.shape)} made by "
                     f"`{buffer.label}`, at {source_line()}",
                     expected="a tensor declared in fork(), or returned by a region that was joined",
-                    came=f"one last written on {self.stream_names.get(writer, str(writer))}, unordered with this op",
+                    came=f"one last written on {self._name(writer)}, unordered with this op",
                     remedy="declare it: fork(name, ..., tensor), after the op that writes it; or join its region first",
                 )
-            self._handed.setdefault(known.buffer, set()).add(stream)
+            self._handing.hand(known.buffer, stream)
             self.record_use(tensor, stream)
             if self.allocator is not None:
                 self.allocator.record_use(buffer.address, stream)
@@ -319,72 +387,8 @@ class Recorder(TorchDispatchMode):
                 stacklevel=3,
             )
 
-    def _refuse_layouts(self, func: Any, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            if tensor.layout is not torch.strided or tensor.is_quantized:
-                raise CaptureError(
-                    f"{func} takes or makes a tensor that is not plain strided memory, at {source_line()}",
-                    expected="dense strided tensors",
-                    came=f"layout {tensor.layout}, dtype {tensor.dtype}",
-                    remedy="convert it before the capture (to_dense, dequantize)",
-                )
-
-    def _refuse_resizing(self, func: Any, written: Sequence[Tensor]) -> None:
-        for tensor in written:
-            storage = tensor.untyped_storage()
-            known = self._storages.get(storage._cdata)
-            if known is not None and storage.nbytes() != self.buffers[known.buffer].nbytes:
-                before, after = self.buffers[known.buffer].nbytes, storage.nbytes()
-                raise CaptureError(
-                    f"{func} resizes a tensor's memory inside a capture, at {source_line()}",
-                    expected="tensors that keep the size they were made with",
-                    came=f"{before} bytes that became {after}",
-                    remedy="make it at its final size, or use the op's result in place of out=",
-                )
-
-    def _refuse_host_traffic(
-        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Sequence[Tensor]
-    ) -> None:
-        if _reads_values(func, args) and any(tensor.device.type == self.device_type for tensor in tensors):
-            raise host_read(str(func))
-        device = kwargs.get("device")
-        target = None if device is None else torch.device(device).type
-        on_gpu = any(tensor.is_cuda for tensor in tensors)
-        if self.device_type == "cpu":
-            if on_gpu or target == "cuda":
-                raise CaptureError(
-                    f"{func} works on the GPU inside a capture of the simulated machine, at {source_line()}",
-                    expected="CPU tensors",
-                    came="CUDA tensors, whose work would not be replayed",
-                    remedy="capture with device='cuda', or move them to the CPU",
-                )
-            return
-        if on_gpu and target == "cpu":
-            raise host_read(str(func))
-        if not (on_gpu or target == "cuda"):
-            return
-        copies = func in _COPIES
-        for tensor in tensors:
-            if tensor.device.type != "cpu" or (tensor.dim() == 0 and not copies):  # a number is read at the call
-                continue
-            if not tensor.is_pinned() or (copies and not (kwargs.get("non_blocking") or args[2:3] == (True,))):
-                raise CaptureError(
-                    f"{func} uses a CPU tensor of shape {tuple(tensor.shape)} inside a GPU capture, at {source_line()}",
-                    expected="tensors on the GPU, or pinned host memory, copied with non_blocking=True",
-                    came="pinned memory, and the host would wait" if tensor.is_pinned() else "pageable host memory",
-                    remedy="move it to the GPU before the capture, and copy new values into it between replays",
-                )
-
     def finish(self) -> Program:
         """Close the recording."""
         self.sweep()
         arena = self.allocator.reserved if self.allocator is not None else 0
         return Program(tuple(self.steps), tuple(self.buffers), dict(self.stream_names), arena)
-
-
-def _reads_values(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the host must know values to launch `func`. Indexing is tagged so for the sake of masks alone."""
-    if func is _aten.index.Tensor or func in _MASKED_WRITES:
-        masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        return masked and (func is _aten.index.Tensor or args[2].numel() != 1)
-    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags

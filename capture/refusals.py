@@ -1,0 +1,87 @@
+"""What a capture cannot record, refused at once with the line that did it.
+
+Enters: an op about to run inside a capture, and its tensors. Leaves: nothing, or a `CaptureError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..runtime.errors import CaptureError
+from .source import host_read, source_line
+
+_aten: Final = torch.ops.aten
+_COPIES: Final = (_aten.copy_.default, _aten._to_copy.default)
+
+# Writing through a mask counts its elements on the host, unless one value goes everywhere.
+_MASKED_WRITES: Final = frozenset({_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default})
+
+
+def refuse_layouts(func: Any, tensors: Sequence[Tensor]) -> None:
+    """Only dense strided tensors have bytes the program can name."""
+    for tensor in tensors:
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            raise CaptureError(
+                f"{func} takes or makes a tensor that is not plain strided memory, at {source_line()}",
+                expected="dense strided tensors",
+                came=f"layout {tensor.layout}, dtype {tensor.dtype}",
+                remedy="convert it before the capture (to_dense, dequantize)",
+            )
+
+
+def refuse_resizing(func: Any, before: int, after: int) -> None:
+    """Memory has one size in a program."""
+    if before != after:
+        raise CaptureError(
+            f"{func} resizes a tensor's memory inside a capture, at {source_line()}",
+            expected="tensors that keep the size they were made with",
+            came=f"{before} bytes that became {after}",
+            remedy="make it at its final size, or use the op's result in place of out=",
+        )
+
+
+def refuse_host_traffic(
+    device_type: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Sequence[Tensor]
+) -> None:
+    """A capture runs nothing: values are not there to be read, and pageable host memory is read at the wrong time."""
+    if _reads_values(func, args) and any(tensor.device.type == device_type for tensor in tensors):
+        raise host_read(str(func))
+    device = kwargs.get("device")
+    target = None if device is None else torch.device(device).type
+    on_gpu = any(tensor.is_cuda for tensor in tensors)
+    if device_type == "cpu":
+        if on_gpu or target == "cuda":
+            raise CaptureError(
+                f"{func} works on the GPU inside a capture of the simulated machine, at {source_line()}",
+                expected="CPU tensors",
+                came="CUDA tensors, whose work would not be replayed",
+                remedy="capture with device='cuda', or move them to the CPU",
+            )
+        return
+    if on_gpu and target == "cpu":
+        raise host_read(str(func))
+    if not (on_gpu or target == "cuda"):
+        return
+    copies = func in _COPIES
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or (tensor.dim() == 0 and not copies):  # a number is read at the call
+            continue
+        if not tensor.is_pinned() or (copies and not (kwargs.get("non_blocking") or args[2:3] == (True,))):
+            raise CaptureError(
+                f"{func} uses a CPU tensor of shape {tuple(tensor.shape)} inside a GPU capture, at {source_line()}",
+                expected="tensors on the GPU, or pinned host memory, copied with non_blocking=True",
+                came="pinned memory, and the host would wait" if tensor.is_pinned() else "pageable host memory",
+                remedy="move it to the GPU before the capture, and copy new values into it between replays",
+            )
+
+
+def _reads_values(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the host must know values to launch `func`. Indexing is tagged so for the sake of masks alone."""
+    if func is _aten.index.Tensor or func in _MASKED_WRITES:
+        masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        return masked and (func is _aten.index.Tensor or args[2].numel() != 1)
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
