@@ -38,7 +38,7 @@ class Pointwise:
     apart: str | None = None
     """An operand that is not promoted with the others: a condition."""
     exact: frozenset[str] = frozenset()
-    """Devices whose kernels take Python numbers in float32 at least; elsewhere they are rounded to the operands' dtype."""
+    """Devices whose kernels do not round Python numbers to the operands' dtype."""
     admits: Callable[[Call, Terms], bool] = lambda call, terms: True
 
 
