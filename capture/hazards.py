@@ -15,23 +15,18 @@ Cost: near-linear. An access splits segments (runs of bytes with one history) at
 
 from __future__ import annotations
 
-import heapq
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
-import numpy as np
+from .clocks import NOBODY, Clock, Order
 
-__all__ = ["Access", "Graph", "Hazard", "Order", "find_hazards"]
+__all__ = ["Access", "Graph", "Hazard", "find_hazards", "races"]
 
-# Per chain, the last position known to precede; chains beyond the end: none. Quoted: 3.11 cannot subscript arrays.
-Clock: TypeAlias = "array[int]"
 Span = tuple[int, int]
 
 BLOCK = 128  # segments in a fresh block: more make short reads slower, fewer make reads over everything slower
-NOBODY = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +50,8 @@ class Graph:
 class Hazard:
     """Nodes `first` and `second` both touch bytes [start, stop), at least one writing, and no path orders them.
 
-    `first` comes earlier in the topological order used, which says nothing about how they will run.
+    `first` comes earlier in the topological order used, which says nothing about how they will run. `gaps` counts the
+    bytes in between that do not race; `find_hazards` reports none, capture/conflicts.py one hazard per pair of tensors.
     """
 
     first: int
@@ -64,125 +60,17 @@ class Hazard:
     stop: int
     first_writes: bool
     second_writes: bool
+    gaps: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes race."""
+        return self.stop - self.start - self.gaps
 
     @property
     def kind(self) -> str:
         """'read/write', 'write/read' or 'write/write', first node's access first."""
         return f"{'write' if self.first_writes else 'read'}/{'write' if self.second_writes else 'read'}"
-
-
-class Order:
-    """Answers "is there a path from a to b" in constant time: vector clocks over a decomposition into chains.
-
-    A chain is a sequence of nodes each of which has a path to the next: streams, where they can be told. A node's clock
-    holds, per other chain, the last position with a path to the node. Nodes that only continue their chain share one
-    clock, so memory is (forks + joins) x chains x 4 bytes.
-
-    Raises ValueError on an edge to a node that does not exist, and on a cycle, naming its nodes.
-    """
-
-    def __init__(self, nodes: int, edges: Sequence[tuple[int, int]]) -> None:
-        self.topological: list[int] = _sort(nodes, edges)
-        self.chain: list[int] = [NOBODY] * nodes
-        self.position: list[int] = [NOBODY] * nodes  # within the chain
-        self.clocks: list[Clock] = [array("i")] * nodes
-
-        predecessors: list[list[int]] = [[] for _ in range(nodes)]
-        for source, target in edges:
-            predecessors[target].append(source)
-        tails: list[int] = []  # per chain, the position of its last node
-        for node in self.topological:
-            self._place(node, predecessors[node], tails)
-        self.chains: int = len(tails)
-
-    def before(self, a: int, b: int) -> bool:
-        """Whether a path leads from `a` to `b`; False for a == b."""
-        chain = self.chain[a]
-        if chain == self.chain[b]:
-            return self.position[a] < self.position[b]
-        clock = self.clocks[b]
-        return chain < len(clock) and clock[chain] >= self.position[a]
-
-    def _place(self, node: int, predecessors: list[int], tails: list[int]) -> None:
-        """Give `node` its clock and its chain; its predecessors have theirs."""
-        chains, positions = self.chain, self.position
-        # The first predecessor that ends a chain is continued: listing stream order first makes chains of streams.
-        tail = next((p for p in predecessors if positions[p] == tails[chains[p]]), NOBODY)
-        own, clock = (NOBODY, array("i")) if tail == NOBODY else (chains[tail], self.clocks[tail])
-        for p in predecessors:
-            chain, position = chains[p], positions[p]
-            if chain == own or (chain < len(clock) and clock[chain] >= position):
-                continue  # already known, and with it all that precedes p
-            clock = _later(clock, self.clocks[p])
-            if chain >= len(clock):
-                clock.extend([NOBODY] * (chain + 1 - len(clock)))
-            clock[chain] = position
-        if own == NOBODY:
-            # A branch that starts may continue one that ended before it. Else a program that forks a thousand times
-            # would have a thousand chains, as a captured graph does not say which nodes shared a stream.
-            own = next((c for c, known in enumerate(clock) if known == tails[c]), NOBODY)
-        if own == NOBODY:
-            own = len(tails)
-            tails.append(NOBODY)
-        tails[own] += 1
-        chains[node], positions[node], self.clocks[node] = own, tails[own], clock
-
-
-def _later(left: Clock, right: Clock) -> Clock:
-    """A fresh clock, the elementwise maximum."""
-    if len(left) < len(right):
-        left, right = right, left
-    out = left[:]
-    if len(right) > 16:  # below that, numpy's calls cost more than the loop
-        head = np.frombuffer(out, np.int32)[: len(right)]
-        np.maximum(head, np.frombuffer(right, np.int32), out=head)
-    else:
-        for chain, position in enumerate(right):
-            if position > out[chain]:
-                out[chain] = position
-    return out
-
-
-def _sort(nodes: int, edges: Sequence[tuple[int, int]]) -> list[int]:
-    """Topological order, smallest number first, so that a program's own order survives."""
-    for source, target in edges:
-        if not (0 <= source < nodes and 0 <= target < nodes):
-            raise ValueError(f"expected edges between nodes 0..{nodes - 1}, got the edge {source} -> {target}")
-    if all(source < target for source, target in edges):
-        return list(range(nodes))
-    successors: list[list[int]] = [[] for _ in range(nodes)]
-    waiting = [0] * nodes
-    for source, target in edges:
-        successors[source].append(target)
-        waiting[target] += 1
-    ready = [node for node in range(nodes) if not waiting[node]]
-    order: list[int] = []
-    while ready:
-        node = heapq.heappop(ready)
-        order.append(node)
-        for target in successors[node]:
-            waiting[target] -= 1
-            if not waiting[target]:
-                heapq.heappush(ready, target)
-    if len(order) < nodes:
-        cycle = _cycle(edges, stuck={node for node in range(nodes) if waiting[node]})
-        raise ValueError(
-            f"expected ordering edges without a cycle, got {' -> '.join(map(str, cycle))}: "
-            "no node of it could ever start; one of these edges points the wrong way"
-        )
-    return order
-
-
-def _cycle(edges: Sequence[tuple[int, int]], stuck: set[int]) -> list[int]:
-    """One cycle, first node repeated at the end: each stuck node waits for a stuck one, so the walk meets itself."""
-    waits_for = {target: source for source, target in edges if source in stuck and target in stuck}
-    node = min(stuck)
-    path: dict[int, None] = {}
-    while node not in path:
-        path[node] = None
-        node = waits_for[node]
-    walked = list(path)
-    return [node, *reversed(walked[walked.index(node) :])]
 
 
 class _Segment:
@@ -264,14 +152,23 @@ class _History:
 
     def read(self, start: int, stop: int) -> None:
         """[start, stop) is read: each byte's last write must be ordered before."""
-        index = max(bisect_right(self._starts, start) - 1, 0)
-        while index < len(self._blocks) and self._starts[index] < stop:
-            block = self._blocks[index]
-            whole = start <= block.starts[0] and block.segments[-1].stop <= stop
-            if whole and len(block.starts) > 1 and self._follows(block):
-                block.pending = self._joined_by_node(block.pending)
-                index += 1
-                continue
+        blocks, starts = self._blocks, self._starts
+        alone, followed = (self._node,), None
+        index = max(bisect_right(starts, start) - 1, 0)
+        while index < len(blocks) and starts[index] < stop:
+            block = blocks[index]
+            if start <= starts[index] and block.segments[-1].stop <= stop and len(block.starts) > 1:
+                pending = block.pending
+                if pending is followed:  # the very tuple that the node was found to follow in a block before
+                    block.pending = alone
+                    index += 1
+                    continue
+                if self._follows(block):
+                    joined = self._joined_by_node(pending)
+                    block.pending = alone if joined == alone else joined
+                    followed = pending if pending and joined == alone else None
+                    index += 1
+                    continue
             self._settle(block)
             low, high = block.span(start, stop)
             for segment in block.segments[low:high]:
@@ -355,7 +252,7 @@ class _History:
         return 2
 
 
-def _union(spans: Iterable[Span]) -> list[Span]:
+def union(spans: Iterable[Span]) -> list[Span]:
     """The same bytes as disjoint spans that do not touch, sorted."""
     merged: list[Span] = []
     for start, stop in sorted(spans):
@@ -366,12 +263,12 @@ def _union(spans: Iterable[Span]) -> list[Span]:
     return merged
 
 
-def _written(graph: Graph) -> list[Span]:
-    for node, accesses in enumerate(graph.accesses):
+def _written(nodes: Sequence[Sequence[Access]]) -> list[Span]:
+    for node, accesses in enumerate(nodes):
         for access in accesses:
             if access.start > access.stop:
                 raise ValueError(f"expected byte ranges with start <= stop, got {access} in node {node}")
-    return _union({(a.start, a.stop) for accesses in graph.accesses for a in accesses if a.writes and a.start < a.stop})
+    return union({(a.start, a.stop) for accesses in nodes for a in accesses if a.writes and a.start < a.stop})
 
 
 def find_hazards(graph: Graph) -> list[Hazard]:
@@ -380,11 +277,15 @@ def find_hazards(graph: Graph) -> list[Hazard]:
     Adjacent bytes of one pair and kind come as one hazard. What is promised per byte: the module's docstring. Raises
     ValueError on a cycle, an edge to a node that does not exist, and a range that ends before it starts.
     """
-    order = Order(len(graph.accesses), graph.edges)
-    history = _History(order, _written(graph))
+    return races(Order(len(graph.accesses), graph.edges), graph.accesses)
+
+
+def races(order: Order, nodes: Sequence[Sequence[Access]]) -> list[Hazard]:
+    """`find_hazards` where the order is known already."""
+    history = _History(order, _written(nodes))
     for node in order.topological:
         history.enter(node)
-        accesses = graph.accesses[node]
+        accesses = nodes[node]
         for access in accesses:  # reads first: a node's own write must not hide what it reads from the write before
             if not access.writes and access.start < access.stop:
                 history.read(access.start, access.stop)
@@ -396,5 +297,5 @@ def find_hazards(graph: Graph) -> list[Hazard]:
     return [
         Hazard(a, b, start, stop, a_writes, b_writes)
         for (a, b, a_writes, b_writes), spans in by_order
-        for start, stop in _union(spans)
+        for start, stop in union(spans)
     ]

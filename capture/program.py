@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .extents import Extent, strided
 from .hazards import Access, Graph
 
 
@@ -29,36 +30,19 @@ class TensorRef:
     conj: bool = False
     neg: bool = False
 
-    def ranges(self, base: int) -> tuple[tuple[int, int], ...]:
-        """The bytes it covers, as [start, stop) with the buffer at address `base`: exact up to MOST_RUNS runs, else
-        the hull."""
+    def extent(self, base: int) -> Extent:
+        """The bytes it covers, with the buffer at address `base`."""
         item = self.dtype.itemsize
-        runs = [base + self.offset * item]
-        length = item
-        if 0 in self.size:
-            return ()
-        # Innermost dims first: a dim that continues the run so far lengthens it, any other repeats it.
-        dims = sorted(
-            (stride, size) for stride, size in zip(self.stride, self.size, strict=True) if size > 1 and stride
-        )
-        repeats: list[tuple[int, int]] = []
-        for stride, size in dims:
-            if not repeats and stride * item <= length:
-                length += stride * item * (size - 1)
-            else:
-                repeats.append((stride * item, size))
-        count = 1
-        for _, size in repeats:
-            count *= size
-        if count > MOST_RUNS:
-            return ((runs[0], runs[0] + length + sum(stride * (size - 1) for stride, size in repeats)),)
-        for stride, size in repeats:
-            runs = [start + index * stride for index in range(size) for start in runs]
-        return tuple((start, start + length) for start in sorted(runs))
+        return strided(base + self.offset * item, item, self.size, self.stride)
+
+    def ranges(self, base: int) -> tuple[tuple[int, int], ...]:
+        """The same as [start, stop): exact up to MOST_RUNS runs, else the hull."""
+        extent = self.extent(base)
+        return extent.spans() if extent.runs <= MOST_RUNS else ((extent.start, extent.stop),)
 
 
 MOST_RUNS = 256
-"""A tensor of more separate runs than this counts as its hull: more conservative, never less."""
+"""`TensorRef.ranges` lists no more separate runs than this: more conservative, never less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +117,18 @@ class Program:
                 edges.append((step.source, index))
         return tuple(edges)
 
+    def extents(self, step: Step) -> tuple[tuple[Extent, bool], ...]:
+        """The bytes a step touches, and whether it writes them."""
+        if not isinstance(step, Op):
+            return ()
+        return tuple(
+            (ref.extent(self.buffers[ref.buffer].address), writes)
+            for refs, writes in ((step.writes, True), (step.reads, False))
+            for ref in refs
+        )
+
     def accesses(self, step: Step) -> tuple[Access, ...]:
-        """The bytes a step reads and writes."""
+        """The bytes a step reads and writes, as ranges."""
         if not isinstance(step, Op):
             return ()
         found: dict[tuple[int, int, bool], None] = {}

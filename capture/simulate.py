@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..runtime.errors import SimulatedFault
 from .allocator import BASE
+from .extents import quotient
 from .orders import Orders
 from .program import Op, Program, TensorRef
 
@@ -134,44 +135,40 @@ class Violation:
     found: int
 
 
-def _touched(program: Program) -> list[tuple[tuple[int, int], ...]]:
-    """Per step, the byte segments it touches as (segment, 1 if it writes); segments are split at every boundary."""
-    accesses = [program.accesses(step) for step in program.steps]
-    bounds = sorted({bound for step in accesses for access in step for bound in (access.start, access.stop)})
-    place = {bound: index for index, bound in enumerate(bounds)}
-    return [
-        tuple(
-            (segment, int(access.writes))
-            for access in step
-            for segment in range(place[access.start], place[access.stop])
-        )
-        for step in accesses
-    ]
+def _touched(program: Program) -> list[tuple[tuple[int, bool], ...]]:
+    """Per step, the classes of bytes it touches and whether it writes them; see `quotient`."""
+    touches = [program.extents(step) for step in program.steps]
+    extents = list(dict.fromkeys(extent for step in touches for extent, _ in step if extent.length))
+    if not extents:
+        return [()] * len(touches)
+    sorted_out = quotient(extents, min(e.start for e in extents), max(e.stop for e in extents))
+    classes = dict(zip(extents, sorted_out.covered, strict=True))
+    return [tuple((one, writes) for extent, writes in step for one in classes.get(extent, ())) for step in touches]
 
 
 class ShadowMemory:
-    """Last-writer ids per byte, in program order and in any other."""
+    """Last-writer ids per class of bytes, in program order and in any other."""
 
     def __init__(self, program: Program) -> None:
         self._touched = _touched(program)
         self._expected: dict[tuple[int, int], int] = {}
-        for step, segment, writer in self._walk(range(len(program.steps))):
-            self._expected[step, segment] = writer
+        for step, place, writer in self._walk(range(len(program.steps))):
+            self._expected[step, place] = writer
 
     def _walk(self, order: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         last: dict[int, int] = {}
         for step in order:
-            for segment, _ in self._touched[step]:
-                yield step, segment, last.get(segment, -1)
-            for segment, writes in self._touched[step]:
+            for place, _ in self._touched[step]:
+                yield step, place, last.get(place, -1)
+            for place, writes in self._touched[step]:
                 if writes:
-                    last[segment] = step
+                    last[place] = step
 
     def first_violation(self, order: Sequence[int]) -> Violation | None:
         """The first step that meets another last writer than in program order, or None. Writes count as meeting what
         they overwrite, so that two swapped writes show even if nobody reads them."""
-        for step, segment, writer in self._walk(order):
-            expected = self._expected[step, segment]
+        for step, place, writer in self._walk(order):
+            expected = self._expected[step, place]
             if writer != expected:
                 return Violation(step, expected, writer)
         return None
