@@ -7,6 +7,10 @@ that check one another:
 - the allocator: memory the op took inside itself, libraries' workspaces;
 - the words of its arguments that are addresses.
 Invariant: order is the graph's own; the program's waits are not consulted.
+
+Note "programmatic edges". A kernel may be launched before the one ahead of it has ended, and then must wait itself. The
+graph does not say whether it does. Torch's own ops run in order on one stream, so their kernels do (cuBLAS launches its
+products so); that is trusted, and said. Of anybody else's kernel it is not.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from .record import HOST, OWN_NAMESPACES
 ALWAYS: Final = (
     "memory reached through addresses in device memory, tensor-map descriptors or host callbacks is not seen"
 )
+EARLY: Final = "kernels of torch's own ops that start early (programmatic edges) wait before they touch memory"
 MOST_LISTED: Final = 12
 _WORKING: Final = frozenset({"kernel", "memcpy", "memset", "host", "batch memop"})
 
@@ -85,7 +90,7 @@ class _Attribution:
         carriers = self._carriers()
         nodes = [self._host_node(index) for index in host]
         nodes += [self._node(n, self._graph.nodes[n], n in carriers, pointers.get(n, ())) for n in order]
-        edges = [(place[a], place[b]) for a, b in self._graph.edges]
+        edges = [(place[a], place[b]) for a, b in self._ordering]
         edges += [(i, i + 1) for i in range(len(host) - 1)]
         for n in order:  # what the host did before it enqueued a node, it did before the node runs
             owner = self._owners.get(self._graph.nodes[n].handle)
@@ -96,6 +101,19 @@ class _Attribution:
         return Evidence(
             tuple(nodes), tuple(edges), tuple(self._buffers), tuple(_listed(self._unattributed)), tuple(assumptions)
         )
+
+    @cached_property
+    def _ordering(self) -> tuple[tuple[int, int], ...]:
+        """Edges that order memory: full ones, and programmatic ones to kernels that wait themselves."""
+        trusted: list[tuple[int, int]] = []
+        for a, b in self._graph.unordered:
+            node = self._graph.nodes[b]
+            op = self._op(self._owners.get(node.handle))
+            if op is not None and op.func.namespace in OWN_NAMESPACES and self._launches.of(node.function) is None:
+                trusted.append((a, b))
+        if trusted:
+            self._noted[EARLY] += 1
+        return (*self._graph.edges, *trusted)
 
     # -- one node ------------------------------------------------------------------------------------------------
 
@@ -305,7 +323,7 @@ class _Attribution:
             owner = self._owners.get(node.handle)
             if owner is not None and node.kind in (*_WORKING, "conditional"):
                 by_step.setdefault(owner, []).append(n)
-        edges = set(self._graph.edges)
+        edges = set(self._ordering)
         ranks = {handle: rank for rank, handle in enumerate(self._owners)}
         carriers: set[int] = set()
         for members in by_step.values():

@@ -30,8 +30,9 @@ def source_line() -> str:
         return "?"
     name, number = frame.f_code.co_filename, frame.f_lineno
     text = linecache.getline(name, number).strip()
-    where = "graph" if name.startswith("<eval_with_key>") else f"{Path(name).name}:{number}"
-    return f"{where}: {text}"[:160]
+    if name.startswith("<eval_with_key>"):  # a line of an FX graph: the node's name says it
+        return f"graph: {text.partition(' = ')[0]}"[:160]
+    return f"{Path(name).name}:{number}: {text}"[:160]
 
 
 def host_read(what: str) -> HostReadError:

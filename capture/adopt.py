@@ -1,0 +1,114 @@
+"""Graphs that other code captures with torch alone, checked as our own are.
+
+Enters: a `with` block. Leaves: an `Adopted` for each `torch.cuda.CUDAGraph` captured in it, `torch.cuda.graph` and what
+is built on it included. Invariant: what the code does is what it would have done; torch's class is as before after it.
+
+Every graph is made with `keep_graph=True`, or nothing could be read back, and instantiated when its capture ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..runtime.machine import current_machine, using_machine
+from .graphs import OwnGraph
+from .proof import Report, verify
+from .record import Recorder
+from .streams import InlineStreams, RecordingMachine
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """One graph of somebody else's. `name` counts them."""
+
+    name: str
+    report: Report
+
+
+@contextmanager
+def adopting(found: list[Adopted]) -> Generator[None]:
+    """Check every CUDA graph captured in the block, by any code on this thread; reports are appended to `found`."""
+    kind: Any = torch.cuda.CUDAGraph
+    originals = {name: getattr(kind, name) for name in ("__new__", "capture_begin", "capture_end")}
+    defined = {name for name in originals if name in kind.__dict__}
+    running: dict[int, _Capture] = {}
+
+    def new(cls: Any, keep_graph: bool = False) -> Any:
+        return originals["__new__"](cls, keep_graph=True)
+
+    def capture_begin(graph: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(graph, OwnGraph):
+            return originals["capture_begin"](graph, *args, **kwargs)
+        capture = _Capture()
+        try:
+            originals["capture_begin"](graph, *args, **kwargs)
+            capture.begin()
+        except BaseException:
+            capture.close()
+            raise
+        running[id(graph)] = capture
+
+    def capture_end(graph: Any) -> None:
+        capture = running.pop(id(graph), None)
+        if capture is None:
+            return originals["capture_end"](graph)
+        try:
+            capture.end()
+            originals["capture_end"](graph)
+            found.append(Adopted(f"graph {len(found)}", capture.report(graph)))
+            graph.instantiate()
+        finally:
+            capture.close()
+
+    patched = {"__new__": staticmethod(new), "capture_begin": capture_begin, "capture_end": capture_end}
+    for name, replacement in patched.items():
+        setattr(kind, name, replacement)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            if name not in defined:
+                delattr(kind, name)
+            else:
+                setattr(kind, name, staticmethod(original) if name == "__new__" else original)
+
+
+class _Capture:
+    """One capture, from before it begins until its report. Reads that nobody declared are left to the proof."""
+
+    def __init__(self) -> None:
+        from ..runtime.cuda import CudaMachine
+        from .attribution import CaptureWatch
+
+        below: Any = current_machine()
+        if not isinstance(below, CudaMachine):
+            below = InlineStreams(CudaMachine().current_handle)
+        self._recorder = Recorder(allocator=None, watch="off")
+        self._machine = RecordingMachine(below, self._recorder)
+        self._below = below
+        self._around = ExitStack()
+        self._inside = ExitStack()
+        self._watch = self._around.enter_context(CaptureWatch(self._recorder, torch.cuda.current_device()))
+
+    def begin(self) -> None:
+        self._machine.begin()
+        self._inside.enter_context(using_machine(self._machine))
+        self._inside.enter_context(self._recorder)
+        self._watch.begin(self._below.current_handle())
+
+    def end(self) -> None:
+        self._watch.end(self._below.current_handle())
+        self._inside.close()
+
+    def report(self, graph: torch.cuda.CUDAGraph) -> Report:
+        program = self._recorder.finish()
+        return verify(self._watch.evidence(graph, program))
+
+    def close(self) -> None:
+        self._inside.close()
+        self._around.close()
