@@ -43,6 +43,10 @@ class CompiledModel:
     inputs of that next call. A buffer or parameter that the model returns is the model's own, as in eager; an input it
     returns is the caller's own tensor; a view of an input becomes a copy. Inputs the model mutates are copied back.
 
+    Calls may come from any stream and any thread. They run one at a time, and each waits, on the GPU, for what was
+    given to the stream of the last one. Another stream that reads outputs calls `wait` first; another thread's call
+    overwrites them, so threads hold a lock of their own around a call and their use of its outputs.
+
     Raises:
         InputError: arguments of another structure, shape, dtype or device than the captured ones, or which share memory
             with something the model writes. Nothing was copied and nothing ran.
@@ -67,10 +71,15 @@ class CompiledModel:
         return self.graph.report
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), self.graph.order:
             given = self._calls.enter(args, kwargs)
             self.graph.replay()
             return self._calls.leave(given)
+
+    def wait(self) -> None:
+        """The current stream waits, on the GPU, for the last call: now it may read its outputs. The next call waits for
+        what that stream does with them."""
+        self.graph.wait()
 
 
 def compile(

@@ -7,11 +7,12 @@ the RNG are as before, and nothing stays half-captured.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -32,8 +33,16 @@ from .simulate import Simulation
 from .source import host_read
 from .streams import CALLER, InlineStreams, RecordingMachine, SimulatedStreams
 
+if TYPE_CHECKING:
+    from .replay_order import ReplayOrder
+
 OBSERVERS: Final[list[Callable[[CapturedGraph], None]]] = []
 """Told of each captured graph, proved or not, before a failed proof raises."""
+
+LAUNCH_OBSERVERS: Final[list[Callable[[CapturedGraph, int], None]]] = []
+"""Told of each replay of a CUDA graph and its stream's handle, right before the launch; may refuse it by raising."""
+
+_one_processor: Final = threading.RLock()
 
 _HOST_READS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__})
 _FROM_VALUES = frozenset({torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor})
@@ -111,7 +120,21 @@ class CapturedGraph:
         )
 
     def replay(self) -> None:
-        """Run the captured work again on the current stream: outputs and mutated buffers are updated in place."""
+        """Run the captured work again on the current stream: outputs and mutated buffers are updated in place.
+
+        From any stream and thread: replays run one after the other, and each waits, on the GPU, for what was given to
+        the stream of the last one and to those that called `wait` since. Other streams that read outputs or write
+        inputs call `wait` first. Inside a capture, CaptureError."""
+        raise self._unfinished("its replay")
+
+    def wait(self) -> None:
+        """The current stream waits, on the GPU, for the last replay: now it may read outputs and write inputs. The next
+        replay waits for that work; of an `ExternalStream`, which may be gone by then, it must be told by an event."""
+        raise self._unfinished("its replay")
+
+    @property
+    def order(self) -> AbstractContextManager[object]:
+        """What a replay enters: one at a time, and behind what uses the graph's memory. It nests."""
         raise self._unfinished("its replay")
 
     def __reduce__(self) -> Any:
@@ -148,9 +171,17 @@ class SimulatedGraph(CapturedGraph):
                 remedy="run the work itself in the outer block, or replay one graph after the other",
             )
         hazards = tuple(race.hazard for race in self.report.races)
-        order = simulation.orders.adversarial(self.replays, hazards)
-        self.replays += 1
-        simulation.run(order)
+        with self.order:
+            order = simulation.orders.adversarial(self.replays, hazards)
+            self.replays += 1
+            simulation.run(order)
+
+    def wait(self) -> None:
+        _ = self.simulation  # if there is one, its replays are over when they return
+
+    @property
+    def order(self) -> AbstractContextManager[object]:
+        return _one_processor
 
 
 class CudaGraph(CapturedGraph):
@@ -159,12 +190,18 @@ class CudaGraph(CapturedGraph):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.cuda_graph = torch.cuda.CUDAGraph(keep_graph=True)
-        self._ready = False
+        self._order: ReplayOrder | None = None
 
-    def ready(self, memory: GraphMemory) -> None:
+    def ready(self, memory: GraphMemory, order: ReplayOrder) -> None:
         """The capture ended well."""
         self._memory = memory
-        self._ready = True
+        self._order = order
+
+    @property
+    def order(self) -> ReplayOrder:
+        if self._order is None:
+            raise self._unfinished("its replay")
+        return self._order
 
     def __del__(self) -> None:
         # `with auxstream.graph() as g` in a loop drops the old graph inside the new capture, where CUDA forbids
@@ -174,13 +211,17 @@ class CudaGraph(CapturedGraph):
             machine.kept.append(self.cuda_graph)
 
     def replay(self) -> None:
-        if not self._ready:
-            raise self._unfinished("its replay")
-        if ranges.ENABLED:
-            with ranges.span(self.name):
+        with self.order as order:
+            for observe in LAUNCH_OBSERVERS:
+                observe(self, order.stream)
+            if ranges.ENABLED:
+                with ranges.span(self.name):
+                    self.cuda_graph.replay()
+            else:
                 self.cuda_graph.replay()
-        else:
-            self.cuda_graph.replay()
+
+    def wait(self) -> None:
+        self.order.wait()
 
 
 class _NoHostReads(TorchFunctionMode):
@@ -314,6 +355,7 @@ def _capture(
     from ..runtime.cuda import CudaMachine
     from .attribution import CaptureWatch
     from .cuda_capture import CudaCapture
+    from .replay_order import replay_order
 
     captured = CudaGraph(name)
     recorder = Recorder(allocator=None, watch=mode)
@@ -336,7 +378,7 @@ def _capture(
             captured.attach_evidence(watch.evidence(captured.cuda_graph, program))
     _close(captured, recorder, machine, program, mode)
     captured.cuda_graph.instantiate()
-    captured.ready(GraphMemory(capture.reserved))
+    captured.ready(GraphMemory(capture.reserved), replay_order(capture.device, captured.cuda_graph.pool()))
 
 
 def _close(
