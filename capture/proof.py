@@ -7,13 +7,15 @@ lines, and the edge whose absence matters.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
-from .evidence import Evidence, Node, from_program
+from .evidence import Evidence, from_program
 from .hazards import Access, Graph, Hazard, find_hazards
 from .program import Program
+from .report import Party, Race, Report
+
+Lives: TypeAlias = dict[int, tuple[str, str]]
+"""Per buffer, the lines where it was made and last used."""
 
 
 class HasEvidence(Protocol):
@@ -21,97 +23,6 @@ class HasEvidence(Protocol):
 
     @property
     def evidence(self) -> Evidence: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Party:
-    """One side of a race: an op, its stream and region, and how it touches the bytes.
-
-    `node` is its position in `Report.nodes`; `kernel` the device's name for it, where the graph was read back.
-    """
-
-    op: str
-    stream: str
-    region: str | None
-    line: str
-    writes: bool
-    buffer: str
-    node: int
-    kernel: str = ""
-
-    def __str__(self) -> str:
-        where = f"{self.stream}, region {self.region}" if self.region else self.stream
-        verb = "writes" if self.writes else "reads"
-        return f"`{self.op}` on {where} {verb} the block of `{self.buffer}`, at {self.line}"
-
-
-@dataclass(frozen=True, slots=True)
-class Race:
-    """Two ops touch the same `nbytes` bytes in no fixed order; `reuse` when the block changed hands between them."""
-
-    first: Party
-    second: Party
-    nbytes: int
-    reuse: bool
-    missing: str
-    hazard: Hazard
-
-    def __str__(self) -> str:
-        what = "reused block" if self.reuse else "shared tensor"
-        return f"race on a {what} ({self.nbytes:,} bytes)\n  {self.first}\n  {self.second}\n  missing: {self.missing}"
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What was proved.
-
-    Attributes:
-        races: pairs of ops in no fixed order on the same bytes; empty is what `ok` needs.
-        unattributed: work the checker cannot explain; fails the proof as a race does.
-        assumptions: what the proof takes for granted.
-        nodes: what was checked: ops of a program, or nodes of a CUDA graph, in the order they were enqueued.
-        edges: what orders them, as positions in `nodes`.
-    """
-
-    races: tuple[Race, ...]
-    unattributed: tuple[str, ...]
-    assumptions: tuple[str, ...]
-    nodes: tuple[Node, ...]
-    edges: tuple[tuple[int, int], ...]
-
-    @property
-    def ok(self) -> bool:
-        """No race, and nothing unexplained."""
-        return not self.races and not self.unattributed
-
-    def __str__(self) -> str:
-        work = [node for node in self.nodes if node.line or node.kernel]
-        what = "nodes of the CUDA graph" if any(node.kernel for node in work) else "ops"
-        head = f"{len(work)} {what}, {len(self.edges)} ordering edges: "
-        if self.ok:
-            head += "no race"
-        else:
-            head += f"{len(self.races)} race(s), {len(self.unattributed)} unattributed"
-        lines = [head, *map(str, self.races)]
-        lines += [f"unattributed: {item}" for item in self.unattributed]
-        lines += [f"assumed: {item}" for item in self.assumptions]
-        return "\n".join(lines)
-
-    def to_json(self) -> str:
-        """Everything but the nodes' bytes, for other tools."""
-        nodes = [
-            {"op": node.name, "kernel": node.kernel, "stream": node.stream, "region": node.region, "line": node.line}
-            for node in self.nodes
-        ]
-        found: dict[str, Any] = {
-            "ok": self.ok,
-            "races": [asdict(race) for race in self.races],
-            "unattributed": self.unattributed,
-            "assumptions": self.assumptions,
-            "nodes": nodes,
-            "edges": self.edges,
-        }
-        return json.dumps(found, indent=1)
 
 
 def verify(graph: Program | Evidence | HasEvidence) -> Report:
@@ -127,7 +38,9 @@ def verify(graph: Program | Evidence | HasEvidence) -> Report:
             evidence = from_program(graph)
         case _:
             evidence = graph.evidence
-    races = tuple(_race(evidence, hazard) for hazard in find_hazards(_graph(evidence)))
+    hazards = find_hazards(_graph(evidence))
+    lives = _lives(evidence) if hazards else {}
+    races = tuple(_race(evidence, lives, hazard) for hazard in hazards)
     return Report(races, evidence.unattributed, evidence.assumptions, evidence.nodes, evidence.edges)
 
 
@@ -150,23 +63,33 @@ def _graph(evidence: Evidence) -> Graph:
     return Graph(tuple(accesses), evidence.edges)
 
 
-def _race(evidence: Evidence, hazard: Hazard) -> Race:
+def _lives(evidence: Evidence) -> Lives:
+    """Of the buffers that nodes touch; memory from outside was made nowhere."""
+    lives: Lives = {}
+    for node in evidence.nodes:
+        for ref, _ in node.touches:
+            made = "" if evidence.buffers[ref.buffer].stream is None else node.line
+            lives[ref.buffer] = (lives.get(ref.buffer, (made, ""))[0], node.line)
+    return lives
+
+
+def _race(evidence: Evidence, lives: Lives, hazard: Hazard) -> Race:
     # Nodes are numbered as they were enqueued, which is the order the author meant.
     early, late = sorted((hazard.first, hazard.second))
-    first, first_buffer = _party(evidence, early, hazard.start)
-    second, second_buffer = _party(evidence, late, hazard.start)
+    first, first_buffer = _party(evidence, lives, early, hazard.start)
+    second, second_buffer = _party(evidence, lives, late, hazard.start)
     reuse = first_buffer != second_buffer
-    missing = f"a wait on {second.stream} for {first.stream} after `{first.op}`, before `{second.op}`"
+    missing = f"a wait on {second.stream} for {first.stream}, after {first.named} and before {second.named}"
     if reuse:
         missing += "; or record_stream / a held reference that keeps the old tensor's block from being reused"
     return Race(first, second, hazard.stop - hazard.start, reuse, missing, hazard)
 
 
-def _party(evidence: Evidence, index: int, byte: int) -> tuple[Party, int]:
+def _party(evidence: Evidence, lives: Lives, index: int, byte: int) -> tuple[Party, int]:
     node = evidence.nodes[index]
     for ref, writes in node.touches:  # writes come first
         buffer = evidence.buffers[ref.buffer]
         if any(start <= byte < stop for start, stop in ref.ranges(buffer.address)):
-            party = Party(node.name, node.stream, node.region, node.line, writes, buffer.label, index, node.kernel)
-            return party, ref.buffer
+            op = (node.name, node.stream, node.region, node.line, writes)
+            return Party(*op, buffer.label, index, node.kernel, *lives[ref.buffer]), ref.buffer
     raise AssertionError(f"node {index} does not touch byte {byte:#x}")
