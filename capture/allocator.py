@@ -27,11 +27,12 @@ class _Block:
 
 
 class AllocatorModel:
-    """Addresses for one recording."""
+    """Addresses for one recording, or for several, one after the other, that share a pool."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[tuple[int, int]]] = {}  # stream -> [(address, size)], sorted by address
         self._live: dict[int, _Block] = {}
+        self._deferred: list[_Block] = []  # freed, but recorded for other streams
         self._top = BASE
 
     @property
@@ -64,9 +65,19 @@ class AllocatorModel:
         """The storage died: back to its stream's free list at once, unless other streams were recorded."""
         block = self._live.pop(address)
         if block.users:
-            return
+            self._deferred.append(block)
+        else:
+            self._give_back(block)
+
+    def end_recording(self) -> None:
+        """What `record_stream` held back may be reused by the next recording."""
+        for block in self._deferred:
+            self._give_back(block)
+        self._deferred.clear()
+
+    def _give_back(self, block: _Block) -> None:
         free = self._free.setdefault(block.stream, [])
-        start, stop = address, address + block.size
+        start, stop = block.address, block.address + block.size
         position = bisect.bisect(free, (start, 0))
         if position < len(free) and free[position][0] == stop:
             stop += free.pop(position)[1]

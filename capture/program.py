@@ -8,7 +8,7 @@ which the host enqueued them; a `Wait` names the `Record` it waits for, as CUDA 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,12 +98,14 @@ Step = Op | Record | Wait
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A whole recording."""
+    """A whole recording. `pool` is the allocator model that placed its buffers, None where a device did; programs of one
+    pool share memory."""
 
     steps: tuple[Step, ...]
     buffers: tuple[Buffer, ...]
     stream_names: Mapping[int, str]
     arena_bytes: int
+    pool: object | None = None
 
     def edges(self) -> tuple[tuple[int, int], ...]:
         """Every ordering edge: stream order, and record -> wait."""
@@ -147,9 +149,7 @@ class Program:
         step = self.steps[index]
         assert isinstance(step, Wait), step
         gone = Record(step.stream, f"{step.what} (wait removed)")
-        return Program(
-            (*self.steps[:index], gone, *self.steps[index + 1 :]), self.buffers, self.stream_names, self.arena_bytes
-        )
+        return replace(self, steps=(*self.steps[:index], gone, *self.steps[index + 1 :]))
 
     def __str__(self) -> str:
         lines: list[str] = []

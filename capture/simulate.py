@@ -19,7 +19,7 @@ from torch import Tensor
 from ..runtime.errors import SimulatedFault
 from .allocator import BASE
 from .extents import quotient
-from .orders import Orders
+from .orders import Edges, Orders
 from .program import Op, Program, TensorRef
 
 POISON: Final = 0xFF
@@ -33,13 +33,20 @@ class Simulation:
         program: what was recorded.
         outside: buffer number -> byte view of the memory that came from outside.
         visible: buffer number -> byte view of each storage the user still holds; refreshed by every run.
+        edges: what orders the steps; default: the program's own edges.
     """
 
-    def __init__(self, program: Program, outside: Mapping[int, Tensor], visible: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        outside: Mapping[int, Tensor],
+        visible: Mapping[int, Tensor],
+        edges: Edges | None = None,
+    ) -> None:
         self.program = program
-        self.orders = Orders([step.stream for step in program.steps], program.edges())
-        self._outside = outside
-        self._visible = dict(visible)
+        self.orders = Orders([step.stream for step in program.steps], program.edges() if edges is None else edges)
+        self.outside = outside
+        self.visible = dict(visible)
         with torch.inference_mode(False):  # replays may come in any mode
             self._arena = torch.empty(max(program.arena_bytes, 1), dtype=torch.uint8)
             self._bound = {index: self._bind(step) for index, step in enumerate(program.steps) if isinstance(step, Op)}
@@ -47,12 +54,12 @@ class Simulation:
 
     def of(self, program: Program) -> Simulation:
         """The same memory under another program of the same buffers (one with a wait removed)."""
-        return Simulation(program, self._outside, self._visible)
+        return Simulation(program, self.outside, self.visible)
 
     def _tensor(self, ref: TensorRef) -> Tensor:
         item = ref.dtype.itemsize
-        if ref.buffer in self._outside:
-            storage, start = self._outside[ref.buffer].untyped_storage(), 0
+        if ref.buffer in self.outside:
+            storage, start = self.outside[ref.buffer].untyped_storage(), 0
         else:
             storage, start = self._arena.untyped_storage(), self.program.buffers[ref.buffer].address - BASE
         tensor = torch.empty(0, dtype=ref.dtype).set_(storage, start // item + ref.offset, ref.size, ref.stride)
@@ -81,7 +88,7 @@ class Simulation:
                     self._execute(index)
             for generator, state in ends.items():
                 generator.set_state(state)
-            for buffer, view in self._visible.items():
+            for buffer, view in self.visible.items():
                 start = self.program.buffers[buffer].address - BASE
                 view.copy_(self._arena[start : start + view.numel()])
 
@@ -100,7 +107,7 @@ class Simulation:
         if not self._draws:
             return {}
         written = {ref.buffer for index in self._bound for ref in cast(Op, self.program.steps[index]).writes}
-        before = {buffer: view.clone() for buffer, view in self._outside.items() if buffer in written}
+        before = {buffer: view.clone() for buffer, view in self.outside.items() if buffer in written}
         states: dict[int, Tensor] = {}
         self._arena.fill_(POISON)
         for index in self._bound:
@@ -108,7 +115,7 @@ class Simulation:
                 states[index] = self._draws[index].get_state()
             self._execute(index)
         for buffer, view in reversed(before.items()):
-            self._outside[buffer].copy_(view)
+            self.outside[buffer].copy_(view)
         return states
 
     def _execute(self, index: int) -> None:

@@ -158,3 +158,16 @@ def test_recording_the_owner_changes_nothing() -> None:
     model.record_use(a, 2)
     model.free(a)
     assert model.allocate(2, 100) == a
+
+
+def test_the_end_of_a_recording_gives_back_what_was_deferred() -> None:
+    model = AllocatorModel()
+    first, second, kept = (model.allocate(0, GRANULE) for _ in range(3))
+    for address in (first, second):
+        model.record_use(address, 1)
+        model.free(address)
+    assert model.allocate(0, GRANULE) not in (first, second), "not while the recording goes on"
+    model.end_recording()
+    assert model.allocate(0, 2 * GRANULE) == first, "both, as one"
+    model.end_recording()
+    assert model.allocate(0, GRANULE) not in (first, second, kept), "once"

@@ -49,8 +49,8 @@ def wrong_replays(run: Callable[[int], None], x: Tensor, out: Tensor, reference:
 def twin_of(g: SimulatedGraph, out: Tensor, program: Program) -> Callable[[int], None]:
     """Replays of a changed program over the same memory, in orders that turn its races around."""
     view = torch.empty(0, dtype=torch.uint8).set_(out.untyped_storage())
-    (buffer,) = [number for number, visible in g.simulation._visible.items() if visible.data_ptr() == view.data_ptr()]
-    simulation = Simulation(program, g.simulation._outside, {buffer: view})
+    (buffer,) = [number for number, visible in g.simulation.visible.items() if visible.data_ptr() == view.data_ptr()]
+    simulation = Simulation(program, g.simulation.outside, {buffer: view})
     hazards = find_hazards(program.graph())
     return lambda k: simulation.run(simulation.orders.adversarial(k, hazards))
 

@@ -502,7 +502,7 @@ def test_the_recorder_keeps_no_returned_tensor_alive() -> None:
 
     _, g = arena_blocks(work)
     assert freed == [True] * 4
-    assert len(g.simulation._visible) <= 1, "only `total` could be seen at the end"
+    assert len(g.simulation.visible) <= 1, "only `total` could be seen at the end"
 
 
 def test_held_tensors_live_until_the_join() -> None:
