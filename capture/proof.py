@@ -1,7 +1,7 @@
 """The proof: captured work is free of cross-stream races, or here is each one.
 
 Enters: a `CapturedGraph`, a `Program`, or `Evidence` of any origin. Leaves: a `Report` that reads well and says what it
-took for granted. The judgement itself is capture/hazards.py; this file turns node numbers back into ops, tensors,
+took for granted. The judgement itself is capture/conflicts.py; this file turns node numbers back into ops, tensors,
 lines, and the edge whose absence matters.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Protocol, TypeAlias
 
+from .conflicts import Conflict, hazards_of
 from .evidence import Evidence, from_program
-from .hazards import Access, Graph, Hazard, find_hazards
 from .program import Program
 from .report import Party, Race, Report
 
@@ -38,10 +38,14 @@ def verify(graph: Program | Evidence | HasEvidence) -> Report:
             evidence = from_program(graph)
         case _:
             evidence = graph.evidence
-    hazards = find_hazards(_graph(evidence))
-    lives = _lives(evidence) if hazards else {}
-    races = tuple(_race(evidence, lives, hazard) for hazard in hazards)
-    return Report(races, evidence.unattributed, evidence.assumptions, evidence.nodes, evidence.edges)
+    findings = hazards_of(evidence)
+    lives = _lives(evidence) if findings.conflicts else {}
+    races = tuple(_race(evidence, lives, conflict) for conflict in findings.conflicts)
+    hulls = (
+        f"{stop - start:,} bytes have too many strided runs: tensors on them count whole"
+        for start, stop in findings.hulls
+    )
+    return Report(races, evidence.unattributed, (*evidence.assumptions, *hulls), evidence.nodes, evidence.edges)
 
 
 def not_checked(program: Program) -> Report:
@@ -49,18 +53,6 @@ def not_checked(program: Program) -> Report:
     evidence = from_program(program)
     why = ("the whole graph: captured with verify='off'",)
     return Report((), why, (), evidence.nodes, evidence.edges)
-
-
-def _graph(evidence: Evidence) -> Graph:
-    """The plain form the hazards checker takes."""
-    accesses: list[tuple[Access, ...]] = []
-    for node in evidence.nodes:
-        found: dict[tuple[int, int, bool], None] = {}
-        for ref, writes in node.touches:
-            for start, stop in ref.ranges(evidence.buffers[ref.buffer].address):
-                found[(start, stop, writes)] = None
-        accesses.append(tuple(Access(*key) for key in found))
-    return Graph(tuple(accesses), evidence.edges)
 
 
 def _lives(evidence: Evidence) -> Lives:
@@ -73,23 +65,21 @@ def _lives(evidence: Evidence) -> Lives:
     return lives
 
 
-def _race(evidence: Evidence, lives: Lives, hazard: Hazard) -> Race:
+def _race(evidence: Evidence, lives: Lives, conflict: Conflict) -> Race:
+    hazard = conflict.hazard
+    sides = [(hazard.first, conflict.first_touch), (hazard.second, conflict.second_touch)]
     # Nodes are numbered as they were enqueued, which is the order the author meant.
-    early, late = sorted((hazard.first, hazard.second))
-    first, first_buffer = _party(evidence, lives, early, hazard.start)
-    second, second_buffer = _party(evidence, lives, late, hazard.start)
+    (first, first_buffer), (second, second_buffer) = (_party(evidence, lives, *side) for side in sorted(sides))
     reuse = first_buffer != second_buffer
     missing = f"a wait on {second.stream} for {first.stream}, after {first.named} and before {second.named}"
     if reuse:
         missing += "; or record_stream / a held reference that keeps the old tensor's block from being reused"
-    return Race(first, second, hazard.stop - hazard.start, reuse, missing, hazard)
+    return Race(first, second, hazard.nbytes, reuse, missing, hazard)
 
 
-def _party(evidence: Evidence, lives: Lives, index: int, byte: int) -> tuple[Party, int]:
+def _party(evidence: Evidence, lives: Lives, index: int, touch: int) -> tuple[Party, int]:
     node = evidence.nodes[index]
-    for ref, writes in node.touches:  # writes come first
-        buffer = evidence.buffers[ref.buffer]
-        if any(start <= byte < stop for start, stop in ref.ranges(buffer.address)):
-            op = (node.name, node.stream, node.region, node.line, writes)
-            return Party(*op, buffer.label, index, node.kernel, *lives[ref.buffer]), ref.buffer
-    raise AssertionError(f"node {index} does not touch byte {byte:#x}")
+    ref, writes = node.touches[touch]
+    op = (node.name, node.stream, node.region, node.line, writes)
+    label = evidence.buffers[ref.buffer].label
+    return Party(*op, label, index, node.kernel, *lives[ref.buffer]), ref.buffer
