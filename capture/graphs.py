@@ -184,12 +184,16 @@ class SimulatedGraph(CapturedGraph):
         return _one_processor
 
 
+class OwnGraph(torch.cuda.CUDAGraph):
+    """A graph that auxstream captures, and so need not adopt."""
+
+
 class CudaGraph(CapturedGraph):
     """A captured CUDA graph."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.cuda_graph = torch.cuda.CUDAGraph(keep_graph=True)
+        self.cuda_graph = OwnGraph(keep_graph=True)
         self._order: ReplayOrder | None = None
 
     def ready(self, memory: GraphMemory, order: ReplayOrder) -> None:
