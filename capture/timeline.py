@@ -160,9 +160,10 @@ class Launches:
         """From now on, work that a replay of the graph could race with is remembered."""
         self._graphs[graph] = footprint
 
-    def knows(self, graph: int) -> bool:
-        """Whether the graph's memory is known."""
-        return graph in self._graphs
+    def forget(self, graph: int) -> None:
+        """The graph is gone."""
+        del self._graphs[graph]
+        self._replays.pop(graph, None)
 
     def replay(self, graph: int, use: Use) -> Conflict | None:
         """A graph is launched; on a conflict, nothing was enqueued."""
