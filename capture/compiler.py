@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,11 +181,22 @@ def warm_up_and_capture(
     verify: Verify,
     warmup: int = 2,
 ) -> tuple[CapturedGraph, Any]:
-    """Run `run(*inputs)` a few times on the capture's own streams, and capture it. Each run finds `mutated` and the RNG
-    as they were, and leaves them so: steps that count positions must not count past the end of a cache.
+    """Rehearse `run(*inputs)`, and capture it. Returns the graph and what `run` returned in the capture: tensors that
+    every replay updates in place."""
+    with (
+        rehearsed(run, inputs, mutated, device, warmup) as stream,
+        graph(name, verify=verify, device=device, stream=stream) as captured,
+    ):
+        returned = run(*inputs)
+    return captured, returned
 
-    Returns the graph and what `run` returned in the capture: tensors that every replay updates in place.
-    """
+
+@contextmanager
+def rehearsed(
+    run: Callable[..., Any], inputs: Sequence[Any], mutated: Sequence[Tensor], device: torch.device, warmup: int = 2
+) -> Generator[torch.cuda.Stream | None]:
+    """Run `run(*inputs)` a few times on the stream to capture it on, which the block gets. Each run finds `mutated` and
+    the RNG as they were, and leaves them so: steps that count positions must not count past the end of a cache."""
 
     def rehearse() -> None:
         with preserved(mutated, device):
@@ -199,9 +210,7 @@ def warm_up_and_capture(
             own = stack.enter_context(CaptureStream(device))
             own.warm_up(rehearse, warmup)
             stream = own.torch_stream
-        with graph(name, verify=verify, device=device, stream=stream) as captured:
-            returned = run(*inputs)
-    return captured, returned
+        yield stream
 
 
 def _device(model: nn.Module, inputs: Sequence[Tensor]) -> torch.device:
