@@ -35,7 +35,7 @@ def adopting(found: list[Adopted]) -> Generator[None]:
     """Check every CUDA graph captured in the block, by any code on this thread; reports are appended to `found`."""
     kind: Any = torch.cuda.CUDAGraph
     originals = {name: getattr(kind, name) for name in ("__new__", "capture_begin", "capture_end")}
-    defined = {name for name in originals if name in kind.__dict__}
+    defined = {name: kind.__dict__[name] for name in originals if name in kind.__dict__}
     running: dict[int, _Capture] = {}
 
     def new(cls: Any, keep_graph: bool = False) -> Any:
@@ -71,11 +71,11 @@ def adopting(found: list[Adopted]) -> Generator[None]:
     try:
         yield
     finally:
-        for name, original in originals.items():
-            if name not in defined:
-                delattr(kind, name)
+        for name in patched:
+            if name in defined:
+                setattr(kind, name, defined[name])
             else:
-                setattr(kind, name, staticmethod(original) if name == "__new__" else original)
+                delattr(kind, name)
 
 
 class _Capture:
