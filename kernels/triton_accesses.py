@@ -21,7 +21,11 @@ from .triton_ir import read_module
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter through which a kernel may touch memory; `position` among those of the launch, constants dropped."""
+    """A parameter through which a kernel may touch memory.
+
+    `position` is among the launch's own parameters: constants are dropped, tuples and descriptors are taken apart.
+    `name` is for reports: Triton's name of it, which is that of a variable if the source gave it to one.
+    """
 
     name: str
     position: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,13 @@ def test_parameters_are_named_as_in_the_source(cases: dict[str, dict[str, Any]])
     assert found == TritonAccesses(
         "constants_between", (Parameter("x", 0, True, False), Parameter("out", 2, False, True)), ()
     )
+
+
+def test_parameters_without_names_are_counted(cases: dict[str, dict[str, Any]]) -> None:
+    """As after TRITON_DISABLE_LINE_INFO."""
+    places = r"^#loc.*$| loc\((?:[^()]|\([^()]*\))*\)"
+    found = analyse(re.sub(places, "", cases["constants_between"]["ttir"], flags=re.MULTILINE))
+    assert found.parameters == (Parameter("argument 0", 0, True, False), Parameter("argument 2", 2, False, True))
 
 
 @pytest.mark.parametrize("name", CASES)
