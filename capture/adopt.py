@@ -34,12 +34,12 @@ class Adopted:
 def adopting(found: list[Adopted]) -> Generator[None]:
     """Check every CUDA graph captured in the block, by any code on this thread; reports are appended to `found`."""
     kind: Any = torch.cuda.CUDAGraph
-    originals = {name: getattr(kind, name) for name in ("__new__", "capture_begin", "capture_end")}
+    originals = {name: getattr(kind, name) for name in ("__init__", "capture_begin", "capture_end")}
     defined = {name: kind.__dict__[name] for name in originals if name in kind.__dict__}
     running: dict[int, _Capture] = {}
 
-    def new(cls: Any, keep_graph: bool = False) -> Any:
-        return originals["__new__"](cls, keep_graph=True)
+    def init(graph: Any, keep_graph: bool = False) -> None:
+        originals["__init__"](graph, keep_graph=True)
 
     def capture_begin(graph: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(graph, OwnGraph):
@@ -65,7 +65,7 @@ def adopting(found: list[Adopted]) -> Generator[None]:
         finally:
             capture.close()
 
-    patched = {"__new__": staticmethod(new), "capture_begin": capture_begin, "capture_end": capture_end}
+    patched = {"__init__": init, "capture_begin": capture_begin, "capture_end": capture_end}
     for name, replacement in patched.items():
         setattr(kind, name, replacement)
     try:
