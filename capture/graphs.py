@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -29,6 +28,7 @@ from .program import Program
 from .proof import Report, not_checked
 from .proof import verify as prove
 from .record import Recorder
+from .signatures import tensors_in
 from .simulate import Simulation
 from .source import host_read
 from .streams import CALLER, InlineStreams, RecordingMachine, SimulatedStreams
@@ -242,7 +242,7 @@ class _NoHostReads(TorchFunctionMode):
             read = args[0]
         elif func in _FROM_VALUES:  # a tensor on its own is copied on the device
             read = [given for given in (*args, *kwargs.values()) if isinstance(given, list | tuple)]
-        if any(isinstance(leaf, Tensor) and leaf.device.type == self._device_type for leaf in pytree.tree_leaves(read)):
+        if any(leaf.device.type == self._device_type for leaf in tensors_in(read)):
             raise host_read(func.__qualname__.rpartition(".")[2])
         return func(*args, **kwargs)
 

@@ -32,12 +32,8 @@ from .allocator import AllocatorModel
 from .handing import Handing, Verdict
 from .program import Buffer, Op, Program, Record, Step, TensorRef, Wait
 from .refusals import refuse_host_traffic, refuse_layouts, refuse_resizing
+from .signatures import arguments, is_composite, is_view, replaced, tensors_in
 from .source import source_line
-
-# In-place ops that overwrite without reading; every other written argument counts as read too.
-_OVERWRITES: Final = frozenset(
-    {"copy_", "fill_", "zero_", "uniform_", "normal_", "random_", "exponential_", "bernoulli_"}
-)
 
 HOST: Final = -1
 """The stream of what the host does to pinned memory during a CUDA capture."""
@@ -45,6 +41,7 @@ HOST: Final = -1
 OWN_NAMESPACES: Final = frozenset({"aten", "prims", "prim", "auxstream", "auxstream_fused"})
 """Ops whose schemas hold, or that the proof looks into by other means."""
 
+_PLAIN: Final = (Tensor, torch.nn.Parameter)
 _aten: Final = torch.ops.aten
 _has_kernel: Final = torch._C._dispatch_has_computed_kernel_for_dispatch_key
 
@@ -188,7 +185,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
         if isinstance(func, HigherOrderOperator):
             raise CaptureError(
                 f"{func} takes functions as arguments, and cannot be recorded, at {source_line()}",
@@ -198,12 +195,13 @@ class Recorder(TorchDispatchMode):
             )
         if func is _aten.record_stream.default:
             return func(*args, **kwargs)
-        if any(map(is_traceable_wrapper_subclass, tensors)):
+        if any(type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor) for tensor in tensors):
             return NotImplemented  # the subclass unwraps itself, and its inner ops come here
-        with self:  # in inference mode ops arrive whole that elsewhere arrive in parts
-            parts = func.decompose(*args, **kwargs)
-        if parts is not NotImplemented:
-            return parts
+        if is_composite(func):
+            with self:  # in inference mode ops arrive whole that elsewhere arrive in parts
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         if func is _aten.lift_fresh.default and self.allocator is not None:
             with self:  # torch.tensor(...): made anew by every replay, as if the block ran again
                 return args[0].clone()
@@ -217,16 +215,15 @@ class Recorder(TorchDispatchMode):
         stream = self.current()
         if self.device_type == "cuda" and any(tensor.device.type == "cpu" for tensor in tensors):
             stream = self._meet_host(mine, (*reads, *writes), stream)
-        views = func.is_view or torch.Tag.inplace_view in func.tags  # such ops look at metadata alone
+        views = is_view(func)
         if not views:
             self._watch_reads(func, mine, stream)
         if self.allocator is not None:
             self._save(() if views else writes, kwargs)
-        read_refs = tuple(self.ref(tensor) for tensor in reads)
-        write_refs = tuple(self.ref(tensor) for tensor in writes)
-        plain_args, plain_kwargs = pytree.tree_map_only(
-            Tensor, lambda leaf: self.ref(leaf) if leaf.device.type == self.device_type else leaf, (args, kwargs)
-        )
+        refs = {id(tensor): self.ref(tensor) for tensor in (*mine, *reads, *writes)}
+        read_refs = tuple(refs[id(tensor)] for tensor in reads)
+        write_refs = tuple(refs[id(tensor)] for tensor in writes)
+        plain_args, plain_kwargs = replaced((args, kwargs), lambda tensor: refs.get(id(tensor), tensor))
         self.before_op(len(self.steps), stream)
         result, inside = self._run(func, args, kwargs)
         read_refs += tuple(ref for ref in inside.reads if ref not in read_refs)
@@ -264,8 +261,7 @@ class Recorder(TorchDispatchMode):
 
     def _look_inside(self, inside: _Inside, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """An op that a custom op is made of."""
-        views = func.is_view or torch.Tag.inplace_view in func.tags
-        reads, writes = ([], []) if views else self._split(func, args, kwargs)
+        reads, writes = ([], []) if is_view(func) else self._split(func, args, kwargs)
         own = {key for key, storage in inside.own.items() if not storage.expired()}
         reads, writes = (
             [tensor for tensor in found if tensor.untyped_storage()._cdata not in own] for found in (reads, writes)
@@ -275,8 +271,8 @@ class Recorder(TorchDispatchMode):
         inside.reads += [self.ref(tensor) for tensor in reads]
         inside.writes += [self.ref(tensor) for tensor in writes]
         result = func(*args, **kwargs)
-        for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+        for leaf in tensors_in(result):
+            if leaf.layout is torch.strided:
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self._storages:
                     inside.own[storage._cdata] = _Storage(storage, -1)
@@ -291,10 +287,8 @@ class Recorder(TorchDispatchMode):
             self.wait(stream, self.mark(HOST, "host work so far"), "host work so far")
         return stream
 
-    def _is_mine(self, leaf: Any, on_device: bool) -> bool:
-        """Whether a value is memory of the program: on its device; pinned, in an op of the device; or known."""
-        if not isinstance(leaf, Tensor):
-            return False
+    def _is_mine(self, leaf: Tensor, on_device: bool) -> bool:
+        """Whether a tensor is memory of the program: on its device; pinned, in an op of the device; or known."""
         if leaf.device.type == self.device_type:
             return True
         if self.device_type != "cuda" or leaf.device.type != "cpu" or leaf.layout is not torch.strided:
@@ -304,34 +298,27 @@ class Recorder(TorchDispatchMode):
     def _split(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         reads: list[Tensor] = []
         writes: list[Tensor] = []
-        schema = func._schema
-        leaves = pytree.tree_leaves((args, kwargs))
-        on_device = any(isinstance(leaf, Tensor) and leaf.device.type == self.device_type for leaf in leaves)
+        on_device = any(leaf.device.type == self.device_type for leaf in (*tensors_in(args), *tensors_in(kwargs)))
         hidden = hidden_writes(func, args)
-        overwrites = schema.name.rpartition("::")[2] in _OVERWRITES
-        for position, argument in enumerate(schema.arguments):
-            value: Any = kwargs.get(argument.name) if argument.kwarg_only or position >= len(args) else args[position]
-            found = [leaf for leaf in pytree.tree_leaves(value) if self._is_mine(leaf, on_device)]
-            written = (argument.alias_info is not None and argument.alias_info.is_write) or position in hidden
-            if written:
-                writes.extend(found)
-            if not written or not (argument.is_out or overwrites):
-                reads.extend(found)
+        for argument in arguments(func):
+            found = [leaf for leaf in tensors_in(argument.of(args, kwargs)) if self._is_mine(leaf, on_device)]
+            if found and (argument.writes or argument.position in hidden):
+                writes += found
+            if found and argument.reads:
+                reads += found
         return reads, writes
 
     def _fresh(self, result: Any, stream: int, func: Any) -> tuple[TensorRef | None, ...]:
+        """Per leaf of the result: the memory allocated for it, or None."""
         fresh: list[TensorRef | None] = []
-        label = str(func).removeprefix("aten.")
-        leaves = pytree.tree_leaves(result)
-        refuse_layouts(func, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
-        for leaf in leaves:
-            if not isinstance(leaf, Tensor) or leaf.device.type != self.device_type:
+        refuse_layouts(func, list(tensors_in(result)))
+        for leaf in [result] if isinstance(result, Tensor) else pytree.tree_leaves(result):
+            mine = isinstance(leaf, Tensor) and leaf.device.type == self.device_type
+            if not mine or leaf.untyped_storage()._cdata in self._storages:
                 fresh.append(None)
-                continue
-            known = leaf.untyped_storage()._cdata in self._storages
-            if not known:
-                self._allocate(leaf, stream, label)
-            fresh.append(None if known else self.ref(leaf))
+            else:
+                self._allocate(leaf, stream, str(func).removeprefix("aten."))
+                fresh.append(self.ref(leaf))
         return tuple(fresh)
 
     def _save(self, writes: Sequence[Tensor], kwargs: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Enters: the call stack. Leaves: text. Frames of torch and of auxstream itself ar
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
 import sys
@@ -24,11 +25,18 @@ _ROOTS: Final = tuple(
 def source_line() -> str:
     """`file:line: text` of the innermost frame that belongs neither to torch nor to auxstream."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_ROOTS):
+    while frame is not None and _is_internal(frame.f_code.co_filename):
         frame = frame.f_back
-    if frame is None:
-        return "?"
-    name, number = frame.f_code.co_filename, frame.f_lineno
+    return "?" if frame is None else _shown(frame.f_code.co_filename, frame.f_lineno)
+
+
+@functools.cache
+def _is_internal(filename: str) -> bool:
+    return filename.startswith(_ROOTS)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _shown(name: str, number: int) -> str:
     text = linecache.getline(name, number).strip()
     if name.startswith("<eval_with_key>"):  # a line of an FX graph: the node's name says it
         return f"graph: {text.partition(' = ')[0]}"[:160]
