@@ -1,5 +1,5 @@
-"""Legal orders; and the checker held to the simulator: every race it reports shows in some legal order, and every program
-that it passes is right in all of them. On small random programs, and on the planted ones."""
+"""Legal orders; and the checker held to the simulator: every race it reports shows in some legal order, and every
+program that it passes is right in all of them. On small random programs, and on the planted ones."""
 
 from __future__ import annotations
 
