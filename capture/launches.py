@@ -38,7 +38,6 @@ from .timeline import Conflict, Footprint, Launches, Span, Timeline, Use
 if TYPE_CHECKING:
     from .compiler import CompiledModel
 
-_TOUCH_NOTHING: Final = frozenset({torch.ops.aten.record_stream.default})
 _one_watch: Final = threading.Lock()
 
 
@@ -155,7 +154,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if isinstance(func, HigherOrderOperator) or func in _TOUCH_NOTHING:
+        if isinstance(func, HigherOrderOperator) or func.namespace == "prim":
             return func(*args, **kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         if any(is_traceable_wrapper_subclass(leaf) for leaf in leaves):
@@ -164,7 +163,7 @@ class Watch(TorchDispatchMode):
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
-        if not func.is_view and torch.Tag.inplace_view not in func.tags:  # such ops look at metadata alone
+        if not _looks_at_metadata(func):
             self._check(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -193,6 +192,13 @@ def footprint_of(graph: CapturedGraph) -> Footprint:
         for touched, writes in node.touches:
             spans[writes].extend(touched.ranges(evidence.buffers[touched.buffer].address))
     return Footprint.of(*spans)
+
+
+def _looks_at_metadata(func: Any) -> bool:
+    """Whether an op touches no byte of its arguments: views, tensors like another, notes to the allocator."""
+    name = func._schema.name.removeprefix("aten::")
+    like = name.endswith("_like") or name.startswith("new_") or name == "record_stream"
+    return func.is_view or torch.Tag.inplace_view in func.tags or like
 
 
 def _touches(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
