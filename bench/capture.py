@@ -2,8 +2,8 @@
 
     python -m auxstream.bench.capture [--layers N] [--rounds N] [--json PATH]
 
-Measures: wall time of a whole capture as `compile` makes it (one rehearsal, capture, instantiation), without a proof and
-with every node proved, unfused and fused everywhere; and what was proved.
+Measures: wall time of a whole capture as `compile` makes it (one rehearsal, capture, instantiation), without a proof
+and with every node proved, unfused and fused everywhere; and what was proved.
 Does not measure: tracing, fusing, compiling kernels. Needs a GPU and the extra `hf`.
 """
 

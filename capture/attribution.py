@@ -7,14 +7,16 @@ appeared while an op ran is that op's, whatever stream it went to; one that appe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 
 from ..kernels.triton_accesses import TritonLaunches
 from ..runtime import driver
+from ..runtime.errors import CaptureError
 from .device_evidence import from_capture
-from .evidence import Evidence
+from .evidence import Evidence, from_program
 from .history import AllocatorHistory
 from .inspect import inspect
 from .program import Program
@@ -105,4 +107,10 @@ class CaptureWatch:
     def evidence(self, graph: torch.cuda.CUDAGraph, program: Program) -> Evidence:
         """Read the captured graph back and explain its nodes."""
         assert self._claims is not None
-        return from_capture(program, inspect(graph), self._claims.owners, self._history.read(), self._launches)
+        try:
+            device_graph = inspect(graph)
+        except CaptureError as error:  # an old driver: the recording is all there is
+            recorded = from_program(program)
+            why = f"the CUDA graph itself, which cannot be read back ({error.came or error})"
+            return replace(recorded, unattributed=(*recorded.unattributed, why))
+        return from_capture(program, device_graph, self._claims.owners, self._history.read(), self._launches)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # Imports point down: a folder imports from itself and from folders to its right.
 LAYERS = ("auxstream", "bench", "capture", "kernels", "runtime")
 
-CUDA_DRIVER_HOMES = {"runtime/driver.py", "capture/inspect.py"}
+CUDA_DRIVER_HOMES = {"runtime/driver.py"}
 ENVIRONMENT_HOME = "runtime/settings.py"
 SYNCHRONIZE_FREE = ("runtime", "capture")
 SYNCHRONIZE_ALLOWED: dict[str, str] = {}  # "folder/file.py" -> why the host must wait there

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import auxstream
 from auxstream.capture.adopt import Adopted, adopting
+from auxstream.runtime.errors import AuxstreamWarning, CaptureError
 
 
 def needs_gpu(test: Callable[..., None]) -> Callable[..., None]:
@@ -106,3 +107,18 @@ def test_a_capture_that_fails_leaves_nothing_behind() -> None:
     assert found[-1].report.ok
     graph.replay()
     assert torch.equal(y, x + 2)
+
+
+@needs_gpu
+def test_a_graph_that_cannot_be_read_back_is_never_called_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    from auxstream.capture import attribution
+
+    def unreadable(graph: object) -> None:
+        raise CaptureError("cannot list edges", came="a driver older than CUDA 12.3")
+
+    monkeypatch.setattr(attribution, "inspect", unreadable)
+    x = torch.ones(8, device="cuda")
+    with pytest.warns(AuxstreamWarning, match="not proved"), auxstream.graph("old", verify="warn") as g:
+        _ = x + 1
+    assert not g.report.ok
+    assert "12.3" in str(g.report)
