@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from auxstream.bench.verify import SHAPES
 from auxstream.capture import conflicts
 from auxstream.capture.conflicts import Findings, find_conflicts, hazards_of
 from auxstream.capture.extents import Extent, quotient, strided
@@ -216,3 +217,24 @@ def test_hazards_of_a_program_names_steps_and_touches() -> None:
     assert (conflict.hazard.first, conflict.hazard.second, conflict.hazard.kind) == (0, 1, "write/read")
     assert (conflict.first_touch, conflict.second_touch) == (0, 2), "one write, then the second read"
     assert conflict.hazard.nbytes == 2047 * 4, "a row's fifth column from its half is the next row's first"
+
+
+# --- scale: a proof of 10,000 nodes takes under a second, of 100,000 under six; slow machines get twice as long -------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ten_thousand_nodes(shape: str) -> None:
+    work = SHAPES[shape](10_000)
+    started = time.perf_counter()
+    assert find_conflicts(work.nodes, work.edges).conflicts == ()
+    assert time.perf_counter() - started < 2.0, "typical is a fifth of a second"
+    stream_order = [(a, b) for a, b in work.edges if b == a + 1]
+    assert find_conflicts(work.nodes[:500], [edge for edge in stream_order if edge[1] < 500][::2]).conflicts
+
+
+@pytest.mark.parametrize("shape", ["decoder", "cache rows", "columns"])
+def test_a_hundred_thousand_nodes(shape: str) -> None:
+    work = SHAPES[shape](100_000)
+    started = time.perf_counter()
+    assert find_conflicts(work.nodes, work.edges).conflicts == ()
+    assert time.perf_counter() - started < 12.0, "typical is two seconds"
