@@ -387,6 +387,8 @@ def test_a_call_copies_in_behind_the_last_copy_out(
     together([lambda stream=stream: on_stream(cuda, stream, model) for stream in (A, B, C, EXTERNAL) * 5])
     assert len(calls.left) == 27
     assert bool(calls.unordered) != ordered
+    with cuda.stream(A):
+        model()
     with cuda.stream(C):
         model.wait()
         assert cuda.waits_for(last(cast("CudaGraph", model.graph))) == ordered
