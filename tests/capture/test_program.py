@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from auxstream.capture.extents import Extent
 from auxstream.capture.hazards import Access
 from auxstream.capture.program import MOST_RUNS, Buffer, Op, Program, Record, TensorRef, Wait
 
@@ -107,6 +108,19 @@ def test_accesses_are_each_range_once() -> None:
     assert plain.accesses[1] == plain.accesses[2] == ()
     assert plain.accesses[3] == (Access(64, 72, False),)
     assert set(plain.accesses[5]) == {Access(64, 72, True), Access(64, 72, False)}
+
+
+def test_extents_are_writes_then_reads() -> None:
+    program = small_program()
+    assert [program.extents(step) for step in program.steps] == [
+        ((Extent(64, 16), True),),
+        (),
+        (),
+        ((Extent(64, 8), False), (Extent(64, 8), False)),
+        (),
+        ((Extent(64, 8), True), (Extent(64, 8), False)),
+        (),
+    ]
 
 
 def test_without_takes_out_one_edge_only() -> None:
