@@ -1,15 +1,11 @@
 """A Triton kernel that can write what it is only to read. Apart, because importing it needs triton."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def double(x: Any, out: Any, n: Any, WRONG: tl.constexpr):
+def double(x, out, n, WRONG: tl.constexpr):
     offsets = tl.arange(0, 1024)
     mask = offsets < n
     value = tl.load(x + offsets, mask) * 2
