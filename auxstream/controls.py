@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Literal
 
+from .capture.conflicts import hazards_of
 from .capture.graphs import SimulatedGraph
-from .capture.hazards import find_hazards
 from .capture.program import Program, Wait
 from .runtime.errors import SimulatedFault
 
@@ -28,7 +28,7 @@ def without_waits(program: Program, fault: Fault) -> Program:
 def directed_replays(graph: SimulatedGraph, program: Program) -> Callable[[], None]:
     """Replays of a faulty `program` over the memory of `graph`, each in an order that turns one of its races around."""
     simulation = graph.simulation.of(program)
-    hazards = find_hazards(program.graph())
+    hazards = hazards_of(program).hazards
     count = 0
 
     def replay() -> None:

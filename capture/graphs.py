@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ..runtime import ranges
 from ..runtime.errors import AuxstreamError, AuxstreamWarning, CaptureError, RaceError
@@ -28,9 +27,8 @@ from .program import Program
 from .proof import Report, not_checked
 from .proof import verify as prove
 from .record import Recorder
-from .signatures import tensors_in
+from .refusals import NoHostReads
 from .simulate import Simulation
-from .source import host_read
 from .streams import CALLER, InlineStreams, RecordingMachine, SimulatedStreams
 
 if TYPE_CHECKING:
@@ -43,9 +41,6 @@ LAUNCH_OBSERVERS: Final[list[Callable[[CapturedGraph, int], None]]] = []
 """Told of each replay of a CUDA graph and its stream's handle, right before the launch; may refuse it by raising."""
 
 _one_processor: Final = threading.RLock()
-
-_HOST_READS = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__})
-_FROM_VALUES = frozenset({torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor})
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,25 +223,6 @@ class CudaGraph(CapturedGraph):
         self.order.wait()
 
 
-class _NoHostReads(TorchFunctionMode):
-    """Some reads of values dispatch no op: `numpy()` and `tolist()` on CPU, and `torch.tensor([a, b])` of tensors."""
-
-    def __init__(self, device_type: str) -> None:
-        super().__init__()
-        self._device_type = device_type
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        read: Any = ()
-        if func in _HOST_READS:
-            read = args[0]
-        elif func in _FROM_VALUES:  # a tensor on its own is copied on the device
-            read = [given for given in (*args, *kwargs.values()) if isinstance(given, list | tuple)]
-        if any(leaf.device.type == self._device_type for leaf in tensors_in(read)):
-            raise host_read(func.__qualname__.rpartition(".")[2])
-        return func(*args, **kwargs)
-
-
 @contextmanager
 def graph(
     name: str = "graph",
@@ -263,7 +239,7 @@ def graph(
         verify: what a failed proof does: `error` raises RaceError, `warn` warns, `off` proves nothing and watches
             nothing. `AUXSTREAM_VERIFY` overrides it.
         device: None for the current CUDA device, or the simulated machine where there is none; `"cpu"` forces that.
-        pool: a graph memory pool to share, as in `torch.cuda.graph`. No meaning on the simulated machine.
+        pool: a graph memory pool to share, as in `torch.cuda.graph`; on the simulated machine, an `AllocatorModel`.
         stream: the stream to capture on; default: a stream of this module's own. Likewise.
 
     Raises:
@@ -291,7 +267,7 @@ def graph(
             came="a nested one",
             remedy="end the outer block first, or use regions (auxstream.fork) alone inside it",
         )
-    context = _record(name, mode) if chosen.type == "cpu" else _capture(name, mode, chosen, pool, stream)
+    context = _record(name, mode, pool) if chosen.type == "cpu" else _capture(name, mode, chosen, pool, stream)
     with ranges.span(f"capture {name}"), context as captured:
         yield captured
 
@@ -330,14 +306,14 @@ def _abandon(machine: RecordingMachine, error: BaseException) -> None:
 
 
 @contextmanager
-def _record(name: str, mode: Verify) -> Generator[CapturedGraph]:
+def _record(name: str, mode: Verify, pool: AllocatorModel | None) -> Generator[CapturedGraph]:
     captured = SimulatedGraph(name)
-    recorder = Recorder(allocator=AllocatorModel(), watch=mode)
+    recorder = Recorder(allocator=AllocatorModel() if pool is None else pool, watch=mode)
     below = InlineStreams(lambda: CALLER) if SETTINGS.disable else SimulatedStreams()
     machine = RecordingMachine(below, recorder)
     rng = torch.get_rng_state()
     try:
-        with _recording(machine, _NoHostReads("cpu"), recorder):
+        with _recording(machine, NoHostReads("cpu"), recorder):
             yield captured
     finally:
         recorder.restore_outside()
@@ -371,7 +347,7 @@ def _capture(
     with ExitStack() as stack:
         capture = CudaCapture(captured.cuda_graph, device, pool, stream)
         watch = None if mode == "off" else stack.enter_context(CaptureWatch(recorder, capture.device))
-        with capture, _recording(machine, _NoHostReads("cuda"), recorder):
+        with capture, _recording(machine, NoHostReads("cuda"), recorder):
             if watch is not None:
                 watch.begin(streams.current_handle())
             yield captured

@@ -1,7 +1,7 @@
 """The recorded program: what a model did, on which stream, to which bytes, in plain data.
 
 Enters: nothing; capture/record.py fills it. Leaves: `Program`, which capture/simulate.py executes, capture/proof.py
-checks (through `Program.graph`), and people read (`str`). Invariant: steps stand in program order, the order in
+checks (through capture/evidence.py), and people read (`str`). Invariant: steps stand in program order, the order in
 which the host enqueued them; a `Wait` names the `Record` it waits for, as CUDA binds it at the call.
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from .extents import Extent, strided
-from .hazards import Access, Graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +97,8 @@ Step = Op | Record | Wait
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A whole recording. `pool` is the allocator model that placed its buffers, None where a device did; programs of one
-    pool share memory."""
+    """A whole recording. `pool` is the allocator model that placed its buffers, None where a device did: programs of
+    one pool share memory."""
 
     steps: tuple[Step, ...]
     buffers: tuple[Buffer, ...]
@@ -128,21 +127,6 @@ class Program:
             for refs, writes in ((step.writes, True), (step.reads, False))
             for ref in refs
         )
-
-    def accesses(self, step: Step) -> tuple[Access, ...]:
-        """The bytes a step reads and writes, as ranges."""
-        if not isinstance(step, Op):
-            return ()
-        found: dict[tuple[int, int, bool], None] = {}
-        for refs, writes in ((step.writes, True), (step.reads, False)):
-            for ref in refs:
-                for start, stop in ref.ranges(self.buffers[ref.buffer].address):
-                    found[(start, stop, writes)] = None
-        return tuple(Access(*key) for key in found)
-
-    def graph(self) -> Graph:
-        """The plain form the hazards checker takes; node numbers are step numbers."""
-        return Graph(tuple(self.accesses(step) for step in self.steps), self.edges())
 
     def without(self, index: int) -> Program:
         """The program with the wait at `index` taken out: the twin that every safety test must see fail."""

@@ -377,5 +377,8 @@ class Recorder(TorchDispatchMode):
     def finish(self) -> Program:
         """Close the recording."""
         self.sweep()
-        arena = self.allocator.reserved if self.allocator is not None else 0
-        return Program(tuple(self.steps), tuple(self.buffers), dict(self.stream_names), arena)
+        arena = 0
+        if self.allocator is not None:
+            self.allocator.end_recording()
+            arena = self.allocator.reserved
+        return Program(tuple(self.steps), tuple(self.buffers), dict(self.stream_names), arena, self.allocator)

@@ -10,11 +10,15 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..runtime.errors import CaptureError
+from .signatures import tensors_in
 from .source import host_read, source_line
 
 _aten: Final = torch.ops.aten
+_HOST_READS: Final = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__})
+_FROM_VALUES: Final = frozenset({torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor})
 _COPIES: Final = (_aten.copy_.default, _aten._to_copy.default)
 
 # Writing through a mask counts its elements on the host, unless one value goes everywhere.
@@ -85,3 +89,22 @@ def _reads_values(func: Any, args: tuple[Any, ...]) -> bool:
         masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         return masked and (func is _aten.index.Tensor or args[2].numel() != 1)
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+
+
+class NoHostReads(TorchFunctionMode):
+    """Some reads of values dispatch no op: `numpy()` and `tolist()` on CPU, and `torch.tensor([a, b])` of tensors."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self._device_type = device_type
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        read: Any = ()
+        if func in _HOST_READS:
+            read = args[0]
+        elif func in _FROM_VALUES:  # a tensor on its own is copied on the device
+            read = [given for given in (*args, *kwargs.values()) if isinstance(given, list | tuple)]
+        if any(leaf.device.type == self._device_type for leaf in tensors_in(read)):
+            raise host_read(func.__qualname__.rpartition(".")[2])
+        return func(*args, **kwargs)

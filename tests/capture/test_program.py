@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auxstream.capture.extents import Extent
-from auxstream.capture.hazards import Access
 from auxstream.capture.program import MOST_RUNS, Buffer, Op, Program, Record, TensorRef, Wait
 
 BASE = 4096
@@ -100,16 +99,6 @@ def test_edges_are_stream_order_and_waits() -> None:
     assert set(small_program().edges()) == {(0, 1), (1, 5), (5, 6), (2, 3), (3, 4), (1, 2), (4, 6)}
 
 
-def test_accesses_are_each_range_once() -> None:
-    program = small_program()
-    plain = program.graph()
-    assert plain.edges == program.edges()
-    assert plain.accesses[0] == (Access(64, 80, True),)
-    assert plain.accesses[1] == plain.accesses[2] == ()
-    assert plain.accesses[3] == (Access(64, 72, False),)
-    assert set(plain.accesses[5]) == {Access(64, 72, True), Access(64, 72, False)}
-
-
 def test_extents_are_writes_then_reads() -> None:
     program = small_program()
     assert [program.extents(step) for step in program.steps] == [
@@ -128,7 +117,7 @@ def test_without_takes_out_one_edge_only() -> None:
     for index, gone in ((2, (1, 2)), (6, (4, 6))):
         twin = program.without(index)
         assert set(twin.edges()) == set(program.edges()) - {gone}
-        assert twin.graph().accesses == program.graph().accesses
+        assert [*map(twin.extents, twin.steps)] == [*map(program.extents, program.steps)]
     with pytest.raises(AssertionError):
         program.without(0)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import auxstream
 from auxstream.capture import CapturedGraph, verify
+from auxstream.capture.conflicts import hazards_of
 from auxstream.capture.graphs import SimulatedGraph
-from auxstream.capture.hazards import find_hazards
 from auxstream.capture.program import Buffer, Op, Program, Wait
 from auxstream.capture.proof import Race
 from auxstream.capture.simulate import ShadowMemory, Simulation
@@ -51,7 +51,7 @@ def twin_of(g: SimulatedGraph, out: Tensor, program: Program) -> Callable[[int],
     view = torch.empty(0, dtype=torch.uint8).set_(out.untyped_storage())
     (buffer,) = [number for number, visible in g.simulation.visible.items() if visible.data_ptr() == view.data_ptr()]
     simulation = Simulation(program, g.simulation.outside, {buffer: view})
-    hazards = find_hazards(program.graph())
+    hazards = hazards_of(program).hazards
     return lambda k: simulation.run(simulation.orders.adversarial(k, hazards))
 
 
@@ -203,7 +203,7 @@ def test_a_temporary_not_handed_over_is_reused_and_corrupts() -> None:
     assert (race.first.buffer, race.second.buffer) == ("mul.Tensor", "add.Tensor")
     assert "record_stream" in race.missing
     assert "reused block" in str(race)
-    hazards = find_hazards(g.program.graph())
+    hazards = hazards_of(g.program).hazards
     orders = g.simulation.orders
     assert (
         wrong_replays(lambda k: g.simulation.run(orders.adversarial(k, hazards)), x, out, caller_temporary_serially)
@@ -274,7 +274,7 @@ def test_a_result_of_the_branch(record: bool) -> None:
         (("y = s + 1", "caller", False), ("t = second.returns(x * 5)", "lane0", True))
     ]
     assert report.races[0].reuse
-    hazards = find_hazards(g.program.graph())
+    hazards = hazards_of(g.program).hazards
     orders = g.simulation.orders
     assert (
         wrong_replays(lambda k: g.simulation.run(orders.adversarial(k, hazards)), x, out, aux_temporary_serially)
