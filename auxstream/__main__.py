@@ -1,4 +1,4 @@
-"""The command line: `python -m auxstream demo`, also installed as `auxstream`."""
+"""The command line: `python -m auxstream demo` and `verify`, also installed as `auxstream`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,45 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="auxstream", description="Branches of a model on auxiliary CUDA streams.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="a Gemma-4 MoE decode step on one stream and on two, bit for bit")
+    _add_demo_arguments(demo)
+    demo.set_defaults(run=_demo)
+    verify = commands.add_parser(
+        "verify",
+        usage="auxstream verify [--json FILE] [--picture FOLDER] SCRIPT [ARGS...]",
+        help="run a script, and check every CUDA graph it captures for cross-stream races",
+        description="Runs a script as python would, and checks every graph that it captures with torch.cuda.graph or "
+        "auxstream.graph. Exit code: 0 all proved, 1 a race or something unproved, 2 the script failed.",
+    )
+    _add_verify_arguments(verify)
+    verify.set_defaults(run=_verify)
+    options = parser.parse_args(arguments)
     try:
-        from .demo import run_demo
-
-        _add_demo_arguments(demo)
-        options = parser.parse_args(arguments)
-        from rich.console import Console
-
-        return run_demo(options, Console())
+        return options.run(options)
     except AuxstreamError as error:
         print(f"auxstream: {error}", file=sys.stderr)
         return 2
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from .demo import run_demo
+
+    return run_demo(options, Console())
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .verify_script import verify_script
+
+    return verify_script(options.script, options.arguments, to=options.json, pictures=options.picture)
+
+
+def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `verify`. What follows the script is the script's own."""
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write all reports here")
+    parser.add_argument("--picture", type=_folder, metavar="FOLDER", help="draw each graph here, as SVG")
+    parser.add_argument("script", type=_script, metavar="SCRIPT")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="the script's own arguments")
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +90,22 @@ def _new_file(text: str) -> Path:
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():  # found out now, not when the work is done
         raise argparse.ArgumentTypeError(f"no file can be made at {text}")
+    return path
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir() and (path.exists() or not path.parent.is_dir()):
+        raise argparse.ArgumentTypeError(f"no folder can be made at {text}")
+    return path
+
+
+def _script(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; expected a Python script")
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
     return path
 
 
