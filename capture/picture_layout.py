@@ -7,7 +7,6 @@ others have their own.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -175,20 +174,18 @@ def _notes(report: Report) -> dict[int, str]:
 def _text(
     nodes: Sequence[Node], group: tuple[int, ...], notes: dict[int, str]
 ) -> tuple[Literal["op", "event", "run"], str, str]:
-    first = nodes[group[0]]
+    start = group[0]
+    first = nodes[start]
     work = [node for node in group if is_work(nodes[node])]
     if len(group) > 1:
         what = "nodes" if any(nodes[node].kernel for node in work) else "ops"
         return "run", f"{len(work):,} {what}", shortened(first.region or "", _LABEL_CHARS)
     if not work:
         return "event", "", ""
-    number = place(first.line).partition(":")[2] if re.match(r"[^:]+:\d+: ", first.line) else ""
-    does = notes.get(group[0], "")
-    return (
-        "op",
-        shortened(short(first.name).rpartition(".")[2], _LABEL_CHARS),
-        f"{does} :{number}".strip() if number else does,
-    )
+    file, _, number = place(first.line).rpartition(":")
+    where = f":{number}" if file else shortened(number.removeprefix("node "), _LABEL_CHARS)
+    label = shortened(short(first.name).rpartition(".")[2], _LABEL_CHARS)
+    return "op", label, f"{notes.get(start, '')} {where}".strip()
 
 
 def _width(label: str, note: str) -> float:

@@ -189,9 +189,9 @@ def short(op: str) -> str:
 
 
 def place(line: str) -> str:
-    """`file:number` of a `file:number: text`."""
+    """Where a line stands: `file:number` of `file:number: text`; of a line of an FX graph, its node."""
     found = re.match(r"[^:]+:\d+(?=: )", line)
-    return found[0] if found else line
+    return found[0] if found else line.replace("graph: ", "node ", 1)
 
 
 def _memory(party: Party) -> str:

@@ -132,7 +132,7 @@ def test_names_without_overloads(op: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("line", "where"),
-    [("a.py:12: y = x[1:2]", "a.py:12"), ("graph: add = f(x)", "graph: add = f(x)"), ("?", "?"), ("", "")],
+    [("a.py:12: y = x[1:2]", "a.py:12"), ("graph: add_1", "node add_1"), ("?", "?"), ("", "")],
 )
 def test_places(line: str, where: str) -> None:
     assert place(line) == where
