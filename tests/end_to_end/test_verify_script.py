@@ -27,7 +27,8 @@ from auxstream.capture.evidence import Node
 from auxstream.runtime.errors import RaceError
 from auxstream.verify_script import Ending, exit_code
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "verify_me.py"
+DOCS = Path(__file__).parents[2] / "docs"
+EXAMPLE = DOCS.parent / "examples" / "verify_me.py"
 HEAD = """
 import sys, torch, auxstream
 
@@ -121,6 +122,23 @@ def test_the_example_put_right_is_proved(write: Write, capsys: pytest.CaptureFix
     assert "100 of 100 replays were right" in shown
     assert "graph 1 of 1, 'step': proved" in shown
     assert "proved free of races, under the assumptions above" in shown
+
+
+def test_the_documents_show_the_example_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The simulated machine's report, so that it is the same everywhere."""
+    script = tmp_path / "verify_me.py"
+    text = EXAMPLE.read_text()
+    assert text.count("torch.cuda.is_available()") == 1
+    script.write_text(
+        text.replace("torch.cuda.is_available()", "False").replace('("step", ', '("step", device="cpu", ')
+    )
+    assert verify("--picture", tmp_path / "pictures", script) == 1
+    (drawn,) = (tmp_path / "pictures").iterdir()
+    assert drawn.read_text() == (DOCS / "verify_me.svg").read_text(), f"cp {drawn} docs/verify_me.svg, and look at it"
+    report = capsys.readouterr().out.split("not proved\n")[1].split("assumed:")[0]
+    assert " ".join(report.split()) in " ".join((DOCS / "verify.md").read_text().split())
+    headline = " ".join(report.split("race on")[1].split("it\n")[0].split())
+    assert headline in " ".join((DOCS.parent / "README.md").read_text().split())
 
 
 def test_the_example_as_a_command() -> None:
