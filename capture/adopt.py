@@ -3,7 +3,8 @@
 Enters: a `with` block. Leaves: an `Adopted` for each `torch.cuda.CUDAGraph` captured in it, `torch.cuda.graph` and what
 is built on it included. Invariant: what the code does is what it would have done; torch's class is as before after it.
 
-Every graph is made with `keep_graph=True`, or nothing could be read back, and instantiated when its capture ends.
+Graphs made in the block are made with `keep_graph=True`, or nothing could be read back, and instantiated when their
+captures end; of one made before it the report says that it cannot be read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -37,9 +39,11 @@ def adopting(found: list[Adopted]) -> Generator[None]:
     originals = {name: getattr(kind, name) for name in ("__init__", "capture_begin", "capture_end")}
     defined = {name: kind.__dict__[name] for name in originals if name in kind.__dict__}
     running: dict[int, _Capture] = {}
+    kept: WeakSet[Any] = WeakSet()
 
     def init(graph: Any, keep_graph: bool = False) -> None:
         originals["__init__"](graph, keep_graph=True)
+        kept.add(graph)
 
     def capture_begin(graph: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(graph, OwnGraph):
@@ -61,7 +65,8 @@ def adopting(found: list[Adopted]) -> Generator[None]:
             capture.end()
             originals["capture_end"](graph)
             found.append(Adopted(f"graph {len(found)}", capture.report(graph)))
-            graph.instantiate()
+            if graph in kept:
+                graph.instantiate()
         finally:
             capture.close()
 

@@ -85,6 +85,7 @@ class CaptureWatch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        del self._recorder  # which holds on to what the capture read, and to this watch
         self._history.__exit__()
         self._launches.__exit__(None, None, None)
 

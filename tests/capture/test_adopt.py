@@ -56,9 +56,10 @@ def captured(early_free: bool) -> tuple[Tensor, torch.cuda.CUDAGraph, Tensor, li
     two_streams(x, side, early_free=early_free)
     torch.cuda.synchronize()
     found: list[Adopted] = []
-    graph = torch.cuda.CUDAGraph()
-    with adopting(found), torch.cuda.graph(graph):
-        out = two_streams(x, side, early_free=early_free)
+    with adopting(found):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = two_streams(x, side, early_free=early_free)
     return x, graph, out, found
 
 
@@ -79,6 +80,20 @@ def test_an_early_free_by_hand_is_found_and_corrupts(early_free: bool) -> None:
     assert wrong == 5
     assert any(race.reuse and {race.first.op, race.second.op} == {"add.Tensor", "mul.Tensor"} for race in report.races)
     assert "refill = x * 5" in str(report)
+
+
+@needs_gpu
+def test_a_graph_made_before_cannot_be_read_and_works() -> None:
+    x = torch.ones(8, device="cuda")
+    found: list[Adopted] = []
+    graph = torch.cuda.CUDAGraph()
+    with adopting(found), torch.cuda.graph(graph):
+        y = x + 1
+    assert not found[0].report.ok
+    assert "keep_graph" in str(found[0].report)
+    x.fill_(4)
+    graph.replay()
+    assert torch.equal(y, x + 1)
 
 
 @needs_gpu
