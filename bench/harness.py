@@ -74,7 +74,8 @@ def device_time(run: Callable[[], object], times: int) -> float:
 
 def write(path: str | None, name: str, results: Mapping[str, Any]) -> None:
     """Print the results, and write them as JSON if a path was given."""
-    command = " ".join(["python -m", f"auxstream.bench.{name}", *sys.argv[1:]])
+    arguments = [Path(given).name if given == path else given for given in sys.argv[1:]]
+    command = " ".join(["python -m", f"auxstream.bench.{name}", *arguments])
     document = {"benchmark": name, "command": command, "machine": machine(), "results": _plain(results)}
     if path is not None:
         Path(path).write_text(json.dumps(document, indent=2) + "\n")
