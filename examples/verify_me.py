@@ -4,8 +4,8 @@
     auxstream verify examples/verify_me.py     what is wrong, where, and which edge is missing
 
 The mistake: `fork` is not told that the branch reads `h`, so the block is free while the branch may still read it.
-Write `fork("aux", h)`, and it is proved. `verify="off"` spares a production start the proof; the command proves it all
-the same.
+Write `fork("aux", h)`, leave `verify="off"` out, and it is proved. `off` spares a production start the proof; the
+command finds the race all the same.
 """
 
 import torch
