@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .replay_order import ReplayOrder
 
 OBSERVERS: Final[list[Callable[[CapturedGraph], None]]] = []
-"""Told of each captured graph, proved or not, before a failed proof raises."""
+"""Told of each captured graph, proved or not, before a failed proof raises. While there is one, `off` is proved too."""
 
 LAUNCH_OBSERVERS: Final[list[Callable[[CapturedGraph, int], None]]] = []
 """Told of each replay of a CUDA graph and its stream's handle, right before the launch; may refuse it by raising."""
@@ -79,7 +79,10 @@ class CapturedGraph:
     @property
     def evidence(self) -> Evidence:
         """What its proof is about: the CUDA graph's own nodes where there is one, else the program."""
-        return self._evidence or from_program(self.program)
+        return self._recorded() if self._evidence is None else self._evidence
+
+    def _recorded(self) -> Evidence:
+        return from_program(self.program)
 
     @property
     def report(self) -> Report:
@@ -97,14 +100,14 @@ class CapturedGraph:
         self.regions = regions
         self._outside = outside
 
+    def attach_evidence(self, evidence: Evidence) -> None:
+        """Take what was read back from the CUDA graph."""
+        self._evidence = evidence
+
     def prove(self, *, checked: bool) -> Report:
         """Fill in the report."""
         self._report = prove(self.evidence) if checked else not_checked(self.program)
         return self._report
-
-    def attach_evidence(self, evidence: Evidence) -> None:
-        """Take what was read back from the CUDA graph."""
-        self._evidence = evidence
 
     def _unfinished(self, what: str) -> CaptureError:
         return CaptureError(
@@ -190,6 +193,10 @@ class CudaGraph(CapturedGraph):
         super().__init__(name)
         self.cuda_graph = OwnGraph(keep_graph=True)
         self._order: ReplayOrder | None = None
+
+    def _recorded(self) -> Evidence:
+        recorded = super()._recorded()
+        return replace(recorded, unattributed=(*recorded.unattributed, "the CUDA graph: captured with verify='off'"))
 
     def ready(self, memory: GraphMemory, order: ReplayOrder) -> None:
         """The capture ended well."""
@@ -346,7 +353,7 @@ def _capture(
     recorder.record_use = lambda tensor, _: tensor.record_stream(torch.cuda.current_stream())
     with ExitStack() as stack:
         capture = CudaCapture(captured.cuda_graph, device, pool, stream)
-        watch = None if mode == "off" else stack.enter_context(CaptureWatch(recorder, capture.device))
+        watch = None if mode == "off" and not OBSERVERS else stack.enter_context(CaptureWatch(recorder, capture.device))
         with capture, _recording(machine, NoHostReads("cuda"), recorder):
             if watch is not None:
                 watch.begin(streams.current_handle())
@@ -366,7 +373,7 @@ def _close(
 ) -> None:
     """Attach what was recorded, prove it, and act on a failed proof."""
     captured.attach(program, tuple(machine.names), recorder.outside)
-    report = captured.prove(checked=mode != "off")
+    report = captured.prove(checked=mode != "off" or bool(OBSERVERS))
     for observe in OBSERVERS:
         observe(captured)
     if report.ok or mode == "off":
