@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .replay_order import ReplayOrder
 
 OBSERVERS: Final[list[Callable[[CapturedGraph], None]]] = []
-"""Told of each captured graph, proved or not, before a failed proof raises. While there is one, `off` is proved too."""
+"""Told of each captured graph, proved or not, before a failed proof raises."""
 
 LAUNCH_OBSERVERS: Final[list[Callable[[CapturedGraph, int], None]]] = []
 """Told of each replay of a CUDA graph and its stream's handle, right before the launch; may refuse it by raising."""
@@ -353,7 +353,7 @@ def _capture(
     recorder.record_use = lambda tensor, _: tensor.record_stream(torch.cuda.current_stream())
     with ExitStack() as stack:
         capture = CudaCapture(captured.cuda_graph, device, pool, stream)
-        watch = None if mode == "off" and not OBSERVERS else stack.enter_context(CaptureWatch(recorder, capture.device))
+        watch = stack.enter_context(CaptureWatch(recorder, capture.device)) if _checked(mode) else None
         with capture, _recording(machine, NoHostReads("cuda"), recorder):
             if watch is not None:
                 watch.begin(streams.current_handle())
@@ -368,12 +368,17 @@ def _capture(
     captured.ready(GraphMemory(capture.reserved), replay_order(capture.device, captured.cuda_graph.pool()))
 
 
+def _checked(mode: Verify) -> bool:
+    """Whether to prove at all: while somebody observes, what the code switched off too, but not what the user did."""
+    return mode != "off" or (bool(OBSERVERS) and SETTINGS.verify != "off")
+
+
 def _close(
     captured: CapturedGraph, recorder: Recorder, machine: RecordingMachine, program: Program, mode: Verify
 ) -> None:
     """Attach what was recorded, prove it, and act on a failed proof."""
     captured.attach(program, tuple(machine.names), recorder.outside)
-    report = captured.prove(checked=mode != "off" or bool(OBSERVERS))
+    report = captured.prove(checked=_checked(mode))
     for observe in OBSERVERS:
         observe(captured)
     if report.ok or mode == "off":
