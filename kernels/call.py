@@ -6,7 +6,8 @@ elements the op looks at, and no others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,10 +38,8 @@ class Call:
 
     @staticmethod
     def of(node: Node) -> Call:
-        schema = schema_of(node)
-        given = dict(zip((argument.name for argument in schema), node.args, strict=False))
-        given |= node.kwargs
-        return Call(node, {a.name: given.get(a.name, a.default_value) for a in schema})
+        defaults = _defaults(node.target)
+        return Call(node, {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs})
 
     @property
     def value(self) -> Tensor:
@@ -57,19 +56,15 @@ class Call:
 
     def read(self) -> list[Node]:
         """The nodes whose elements the op reads, in the order of its schema."""
-        return [node for name, argument in self.arguments.items() if name != self._unread for node in _nodes(argument)]
-
-    @property
-    def _unread(self) -> str | None:
-        return UNREAD.get(self.node.target)
-
-
-def schema_of(node: Node) -> Any:
-    """The arguments of the schema of a node's op."""
-    return node.target._schema.arguments  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
+        unread, found = UNREAD.get(self.node.target), list[Node]()
+        for name, argument in self.arguments.items():
+            if name != unread:
+                given = argument if isinstance(argument, list | tuple) else (argument,)
+                found += [item for item in given if isinstance(item, Node)]
+        return found
 
 
-def _nodes(argument: Any) -> Iterator[Node]:
-    for item in argument if isinstance(argument, list | tuple) else (argument,):
-        if isinstance(item, Node):
-            yield item
+@functools.cache
+def _defaults(target: Any) -> Mapping[str, Any]:
+    """The arguments of an op's schema, with their defaults; None for those that have none."""
+    return {argument.name: argument.default_value for argument in target._schema.arguments}

@@ -10,7 +10,7 @@ does. Assumed of the caller: two inputs of the graph do not share memory.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ Storage = int
 """A storage, numbered in order of appearance. 0 is the state of the random number generator."""
 RNG: Storage = 0
 _NONE: frozenset[Storage] = frozenset()
+_WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,12 @@ class Dataflow:
     """The node that brought a storage into the graph: its allocation, its attribute or its input."""
     reads: Mapping[Node, frozenset[Storage]]
     writes: Mapping[Node, frozenset[Storage]]
+    holders: Mapping[Storage, Sequence[Node]]
+    """The nodes whose values live in a storage, in graph order."""
+    writers: Mapping[Storage, Sequence[Node]]
+    """The nodes that write a storage, in graph order; the one that allocates it is one of them."""
+    rewritten: frozenset[Storage]
+    """Storages that a node writes which did not allocate them."""
     barriers: int
     predecessors: tuple[tuple[int, ...], ...]
     """Positions each node must come after, directly."""
@@ -71,10 +78,6 @@ class Dataflow:
         """Whether the node only names memory of others: nothing is read, written or allocated."""
         return node.op == "call_function" and not self.reads[node] and not self.writes[node]
 
-    def rewritten(self) -> frozenset[Storage]:
-        """Storages that a node writes which did not allocate them."""
-        return frozenset(s for node in self.nodes for s in self.writes[node] if s == RNG or self.owner[s] is not node)
-
     def descendants(self, mask: int) -> int:
         """Everything that must come after some node of `mask`, those nodes included."""
         below = 0
@@ -91,11 +94,19 @@ class Dataflow:
 
 
 def positions(mask: int) -> Iterator[int]:
-    """The set bits of a mask, ascending."""
+    """The set bits of a mask, ascending; taken a word at a time, for masks are long and their bits lie close."""
+    base = 0
     while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
+        empty = (mask & -mask).bit_length() - 1
+        mask >>= empty
+        base += empty
+        word = mask & _WORD
+        while word:
+            low = word & -word
+            yield base + low.bit_length() - 1
+            word ^= low
+        mask >>= 64
+        base += 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,13 +236,19 @@ class _Reader:
                 above |= ancestors[other]
             ancestors.append(above)
         nodes = tuple(self.index)
+        storages = {node: self.of(node) for node in nodes}
+        writes = {node: self.effects[node].writes for node in nodes}
+        writers = _by_storage(writes)
         return Dataflow(
             nodes=nodes,
             index=self.index,
-            storages={node: self.of(node) for node in nodes},
+            storages=storages,
             owner=self.owner,
             reads={node: self.effects[node].reads for node in nodes},
-            writes={node: self.effects[node].writes for node in nodes},
+            writes=writes,
+            holders=_by_storage(storages),
+            writers=writers,
+            rewritten=frozenset(s for s, by in writers.items() if s == RNG or by != [self.owner[s]]),
             barriers=self.barriers,
             predecessors=tuple(self.predecessors),
             ancestors=tuple(ancestors),
@@ -267,6 +284,14 @@ class _Reader:
                     bits |= 1 << self.index[node]
                 return bits
             changed = changed | more
+
+
+def _by_storage(touched: Mapping[Node, frozenset[Storage]]) -> dict[Storage, list[Node]]:
+    found: dict[Storage, list[Node]] = {}
+    for node, storages in touched.items():
+        for storage in storages:
+            found.setdefault(storage, []).append(node)
+    return found
 
 
 def _is_scalar(value: Any) -> bool:

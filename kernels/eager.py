@@ -14,6 +14,7 @@ Invariant: whatever eager rounds to a half-precision dtype on the call's device 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,15 @@ class EagerBody(Body):
 
 def common_dtype(parts: list[Tensor | Number], promotion: Promotion) -> torch.dtype:
     """What eager promotes operands to, before it computes."""
-    kind = Promotion.DEFAULT if promotion is Promotion.ALWAYS_BOOL else promotion
-    given: list[Any] = list(parts)
-    return elementwise_dtypes(*given, type_promotion_kind=kind)[1]
+    kinds = tuple((part.dtype, part.dim() > 0) if isinstance(part, Tensor) else type(part) for part in parts)
+    return _promoted(kinds, Promotion.DEFAULT if promotion is Promotion.ALWAYS_BOOL else promotion)
+
+
+@functools.cache
+def _promoted(kinds: tuple[tuple[torch.dtype, bool] | type[Number], ...], promotion: Promotion) -> torch.dtype:
+    """By the operands' dtypes and whether they have dimensions, or their Python types: nothing else counts."""
+    given: list[Any] = [
+        torch.empty((1,) if kind[1] else (), dtype=kind[0], device="meta") if isinstance(kind, tuple) else kind(1)
+        for kind in kinds
+    ]
+    return elementwise_dtypes(*given, type_promotion_kind=promotion)[1]

@@ -8,7 +8,7 @@ does not depend on the operand's strides, nor on the rest of the graph.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from .build import GroupBuilder, Kind, Value
 from .call import Call
 from .free import free_value
 from .grouping import Group
+from .likeness import Likeness
 from .lower import lower
 from .meet import use_of
 from .pointwise import POINTWISE
@@ -48,6 +49,23 @@ class Fusion:
 def emit(group: Group) -> Fusion:
     """Write the group's function, run the passes over it, and describe its operands."""
     return _Emitter(group).fusion()
+
+
+def emit_all(groups: Iterable[Group]) -> tuple[Fusion, ...]:
+    """A fusion for each group; of groups that are alike, the first is emitted, and the others have its kernel."""
+    known: dict[str, tuple[KernelSpec, list[int]]] = {}
+    return tuple(_emit_once(group, known) for group in groups)
+
+
+def _emit_once(group: Group, known: dict[str, tuple[KernelSpec, list[int]]]) -> Fusion:
+    likeness = Likeness.of(group)
+    if likeness is None:
+        return emit(group)
+    if likeness.text not in known:
+        fusion = emit(group)
+        known[likeness.text] = fusion.spec, [likeness.numbers[node] for node in fusion.inputs]
+    (spec, inputs), nodes = known[likeness.text], list(likeness.numbers)
+    return Fusion(group, spec, tuple(nodes[number] for number in inputs), ())
 
 
 class _Emitter:

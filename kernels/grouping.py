@@ -9,6 +9,7 @@ names and edges do: so fusing before regions are inserted and after gives the sa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,7 +106,7 @@ class _Finder:
         self.all: list[_Growing] = []
         self.order = _canonical_order(flow)
         self.reach = Reach(flow)
-        self.rewritten = flow.rewritten()
+        self.rewritten = flow.rewritten
 
     def visit(self, node: Node) -> None:
         source = seen_through(node)
@@ -220,7 +221,7 @@ class _Finder:
         united = _Growing(group.rows, group.width, group.region)
         united.add(group)
         united.add(other)
-        if len(united.members) > MOST_MEMBERS or len(united.inputs()) + len(self._read_outside(united)) > MOST_OPERANDS:
+        if len(united.members) > MOST_MEMBERS or self._operands(united) > MOST_OPERANDS:
             return False
         if not self._meet(united, other, group) or not self._meet(united, group, other):
             return False
@@ -237,6 +238,11 @@ class _Finder:
             for a in call.read()
             if a in source.kinds
         )
+
+    def _operands(self, group: _Growing) -> int:
+        """How many inputs and outputs a group has; for one that is small in any case, no more than this."""
+        most = len(group.read) + len(group.members)
+        return most if most <= MOST_OPERANDS else len(group.inputs()) + len(self._read_outside(group))
 
     def _read_outside(self, group: _Growing) -> list[Node]:
         """Members that something outside reads, themselves or through a view."""
@@ -300,7 +306,11 @@ def _is_writable(value: Tensor) -> bool:
         return False
     if not static(value.shape):
         return True  # contiguous, so one level
-    shape, strides = tuple(value.shape), value.stride()
+    return _in_few_levels(tuple(value.shape), value.stride())
+
+
+@functools.cache
+def _in_few_levels(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return all(layout(shape, strides, shape, columns=columns) is not None for columns in (True, False))
 
 

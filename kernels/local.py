@@ -55,8 +55,8 @@ def _unseen(write: Node, flow: Dataflow) -> bool:
         owner = flow.owner[storage]
         if owner.op != "call_function" or flow.barriers >> flow.index[owner] & 1:
             return False
-        for other in flow.nodes:
-            if storage not in flow.storages[other] or other is write:
+        for other in flow.holders[storage]:
+            if other is write:
                 continue
             users = (u for u in other.users if u.target is not operator.getitem or storage in flow.storages[u])
             later = [user for user in users if user is not write and not before >> flow.index[user] & 1]

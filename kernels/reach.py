@@ -25,44 +25,66 @@ def regions_of(gm: GraphModule) -> tuple[str, ...]:
 
 
 class Order:
-    """A partial order of steps: sets (bit masks) of what each comes after and of what comes after it, both with itself.
-    Sets of steps can be made one."""
+    """A partial order of steps, which are single nodes at first; several steps can be made one.
+
+    Sets of nodes are bit masks. A step's first node speaks for it: at its position are what the step comes after and
+    what comes after it, both with itself; and in these sets a step is there if its first node is. Invariant: a mask
+    that is asked about or contracted holds whole steps.
+    """
 
     def __init__(self, predecessors: Sequence[Sequence[int]], among: int) -> None:
-        self.above: list[int] = []
-        for position, before in enumerate(predecessors):
-            mask = 1 << position
-            for other in before:
-                mask |= self.above[other]
-            self.above.append(mask & among)
+        self.first = list(range(len(predecessors)))  # of the step that a node is in
+        self.firsts = among
+        self.above = [0] * len(predecessors)
         self.below = [0] * len(predecessors)
-        for position in reversed(range(len(predecessors))):
+        span = range(max((among & -among).bit_length() - 1, 0), among.bit_length())
+        for position in span:
+            mask = 1 << position
+            for other in predecessors[position]:
+                mask |= self.above[other]
+            self.above[position] = mask & among
+        for position in reversed(span):
             self.below[position] = (self.below[position] | 1 << position) & among
             for other in predecessors[position]:
                 self.below[other] |= self.below[position]
 
     def contract(self, mask: int) -> None:
         """The steps of `mask` are one from now on: whatever precedes one of them precedes whatever follows another."""
-        above, always_above = _spans(self.above, mask)
-        below, always_below = _spans(self.below, mask)
-        # What follows all of them comes after all that precedes one of them already.
-        for position in positions(below & ~always_below | mask):
+        above, always_above = self._spans(self.above, mask)
+        below, always_below = self._spans(self.below, mask)
+        first, others = next(positions(mask)), self.firsts & ~mask
+        earlier, later = above & others, below & others
+        # What follows all of the steps knows enough. So does what follows the first, if all came after the same.
+        aware_later = always_below if earlier & ~always_above else self.below[first]
+        aware_earlier = always_above if later & ~always_below else self.above[first]
+        for position in positions(later & ~aware_later):
             self.above[position] |= above
-        for position in positions(above & ~always_above | mask):
+        for position in positions(earlier & ~aware_earlier):
             self.below[position] |= below
+        self.above[first], self.below[first] = above, below
+        self.firsts = others | 1 << first
+        for position in positions(mask):
+            self.first[position] = first
 
     def cyclic(self, mask: int) -> bool:
         """Whether a path leaves the set and comes back."""
-        return bool(_spans(self.above, mask)[0] & _spans(self.below, mask)[0] & ~mask)
+        return bool(self.preceding(mask) & self.following(mask) & ~mask)
 
+    def preceding(self, mask: int) -> int:
+        """What some step of `mask` comes after, and the steps themselves."""
+        return self._spans(self.above, mask)[0]
 
-def _spans(sets: Sequence[int], mask: int) -> tuple[int, int]:
-    """The union and the intersection of the sets of some steps."""
-    union, common = 0, -1
-    for position in positions(mask):
-        union |= sets[position]
-        common &= sets[position]
-    return union, common
+    def following(self, mask: int) -> int:
+        """What comes after some step of `mask`, and the steps themselves."""
+        return self._spans(self.below, mask)[0]
+
+    def _spans(self, sets: Sequence[int], mask: int) -> tuple[int, int]:
+        """The union and the intersection of the sets of some steps."""
+        union, common = 0, -1
+        for position in positions(mask & self.firsts):
+            union |= sets[position]
+            common &= sets[position]
+        return union, common
 
 
 class Reach:
@@ -74,15 +96,16 @@ class Reach:
         given = flow.mask(node for node in flow.nodes if node.op in ("placeholder", "get_attr"))
         work = ((1 << len(flow.nodes)) - 1) & ~(given | flow.constants | flow.symbolic)
         self.outer = Order(flow.predecessors, work)
-        self.inner: dict[str, Order] = {}
-        self.members: dict[str, int] = {}
+        members: dict[str, int] = {}
         for position in positions(work):
             name = region_of(flow.nodes[position])
             if name is not None:
-                self.members[name] = self.members.get(name, 0) | 1 << position
-        for name, mask in self.members.items():
-            self.inner[name] = Order(flow.predecessors, mask)
+                members[name] = members.get(name, 0) | 1 << position
+        self.inner = {name: Order(flow.predecessors, mask) for name, mask in members.items()}
+        self.marked = 0
+        for mask in members.values():
             self.outer.contract(mask)
+            self.marked |= mask
         self.after: list[list[int]] = [[] for _ in flow.nodes]
         for position, before in enumerate(flow.predecessors):
             for other in before:
@@ -105,18 +128,14 @@ class Reach:
         region, and would now run behind it. And if a region waits for one member, no other may wait for more than the
         region does: the region could have run beside that, and would now run behind it.
         """
-        if region is not None or not self.members:
+        if region is not None or not self.marked:
             return False
-        above, _ = _spans(self.outer.above, mask)
-        regions = list(self.members.values())
-        waited = sum(above & inside for inside in regions)
+        above, below = self.outer.preceding(mask), self.outer.following(mask)
+        waited = above & self.marked & self.outer.firsts
         for position in positions(mask) if waited else ():
             for other in self.after[position]:
                 behind = mask >> other & 1 or self.flow.nodes[other].op == "output"
-                if not behind and waited & ~self.outer.above[other]:
+                if not behind and waited & ~self.outer.above[self.outer.first[other]]:
                     return True
-        for inside in regions:
-            before = self.outer.above[next(positions(inside))]
-            if before & mask and above & ~mask & ~before:
-                return True
-        return False
+        late = above & ~mask & self.outer.firsts
+        return any(late & ~self.outer.above[inside] for inside in positions(below & self.marked & self.outer.firsts))

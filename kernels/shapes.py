@@ -23,6 +23,8 @@ def product(sizes: Sequence[Any]) -> Any:
 
 def same(one: Any, other: Any) -> bool:
     """Whether two sizes are equal for certain."""
+    if isinstance(one, int) and isinstance(other, int):
+        return one == other
     return bool(product([one]) == product([other]))
 
 

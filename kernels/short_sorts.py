@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from .call import Call, aten
 from .dataflow import Dataflow
@@ -27,16 +27,14 @@ _SORTS: Final = (aten.sort.default, aten.sort.stable)
 _EMPTY: Final = (aten.empty_like.default, aten.new_empty.default, aten.empty.memory_format)
 
 
-def count_short_sorts(gm: GraphModule, allowed: Callable[[Node], bool]) -> int:
-    """Rewrite `gm` in place; returns how many sorts were rewritten. `allowed` says which nodes may be fused at all.
+def count_short_sorts(flow: Dataflow, allowed: Callable[[Node], bool]) -> int:
+    """Rewrite the graph of `flow` in place; returns how many sorts were rewritten. `allowed` is the marker's word.
 
-    The module is to be recompiled afterwards.
+    The module is to be recompiled afterwards, and the dataflow read again.
     """
-    found = [node for node in gm.graph.nodes if node.target in _SORTS and _is_short(node) and allowed(node)]
-    if found:
-        flow = Dataflow.of(gm)
-        for node in found:
-            _rewrite(node, flow, allowed)
+    found = [node for node in flow.nodes if node.target in _SORTS and _is_short(node) and allowed(node)]
+    for node in found:
+        _rewrite(node, flow, allowed)
     return len(found)
 
 
@@ -96,6 +94,6 @@ def _is_inverse(node: Node, indices: Node, flow: Dataflow) -> bool:
     counts = places.target is aten.arange.default and len(places.args) == 1
     alike = node.meta["val"].shape == indices.meta["val"].shape == places.meta["val"].shape
     dtypes = {node.meta["val"].dtype, places.meta["val"].dtype} == {torch.int64}
-    steady = not (flow.storages[indices] | flow.storages[places]) & flow.rewritten()
+    steady = not (flow.storages[indices] | flow.storages[places]) & flow.rewritten
     plain = list(given["indices"]) == [indices] and not given["accumulate"]
     return fresh and counts and alike and dtypes and steady and plain

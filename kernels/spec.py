@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -101,18 +101,18 @@ class KernelSpec:
     rows: Shape
     inputs: tuple[Operand, ...]
     outputs: tuple[Result, ...]
+    key: str = field(init=False, repr=False, compare=False)
+    """A digest of everything the op's behaviour depends on."""
+
+    def __post_init__(self) -> None:
+        facts = (GENERATOR, self.mlir, self.rows, self.inputs, self.outputs)
+        object.__setattr__(self, "key", hashlib.sha256(repr(facts).encode()).hexdigest())
 
     def __str__(self) -> str:
         lines = [f"{self.name}: rows {' x '.join(map(str, self.rows)) or '1'}"]
         lines += [f"  in{i}: {operand}" for i, operand in enumerate(self.inputs)]
         lines += [f"  out{i}: {result}" for i, result in enumerate(self.outputs)]
         return "\n".join(lines)
-
-    @property
-    def key(self) -> str:
-        """A digest of everything the op's behaviour depends on."""
-        facts = (GENERATOR, self.mlir, self.rows, self.inputs, self.outputs)
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
 
     @property
     def name(self) -> str:

@@ -126,8 +126,9 @@ class _Chain:
             touched |= self.flow.reads[node] | self.flow.storages[node]
             before &= self.flow.ancestors[self.flow.index[node]]
         written = any(
-            self.flow.writes[node] & touched and not before >> i & 1 and node not in nodes
-            for i, node in enumerate(self.flow.nodes)
+            not before >> self.flow.index[node] & 1 and node not in nodes
+            for storage in touched
+            for node in self.flow.writers.get(storage, ())
         )
         return not written and all(self.allowed(n) and region_of(n) == region_of(self.node) for n in nodes)
 

@@ -223,7 +223,7 @@ def test_an_error_leaves_the_regions_in_place(monkeypatch: pytest.MonkeyPatch) -
     def fails(*_: Any) -> None:
         raise RuntimeError("no kernel today")
 
-    monkeypatch.setattr(fuse, "emit", fails)
+    monkeypatch.setattr(fuse, "emit_all", fails)
     with pytest.raises(RuntimeError, match="no kernel today"):
         fuse_elementwise(gm)
     assert [row[1] for row in laid(gm)] == [row[1] for row in before]
