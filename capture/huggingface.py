@@ -1,15 +1,17 @@
 """Hugging Face causal LMs as decode steps with explicit static caches (extra `hf`).
 
 Enters: a causal LM built on the device it will run on. Leaves: `DecodeStep`, an `nn.Module` whose `forward(input_ids,
-position)` computes the next-token logits and writes each layer's key and value caches in place. The caches are buffers
-of the step and are bound into the model's cache object anew in every call, so a tracer sees buffer mutation and no
-hidden constants. Invariant: all state a step reads or writes is a parameter or a buffer of the step.
+position)` computes the next-token logits and writes each layer's state in place: keys and values, the states of linear
+attention, or both. The state is buffers of the step, bound into the model's cache object anew in every call, so a
+tracer sees buffer mutation and no hidden constants. Invariant: all state a step reads or writes is a parameter or a
+buffer of the step.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -19,7 +21,7 @@ from ..runtime.errors import InputError, MissingDependencyError
 
 try:
     import transformers
-    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer
 except ImportError as error:
     raise MissingDependencyError(
         "auxstream.capture.huggingface needs transformers",
@@ -38,10 +40,17 @@ _LAYER_MASKS: dict[str, _Sees] = {
         (k <= q) & (k // config.attention_chunk_size == q // config.attention_chunk_size)
     ),
 }
+_RECURRENT = ("linear_attention", "conv")
+_REUSES = "dummy"  # transformers' word for a layer that reads another's keys and values
+_STATELESS = ("moe", "mlp", _REUSES)
+_UNMASKED = (*_RECURRENT, *_STATELESS)
+"""Layer types that attend to no past keys, and one token is never padding."""
+_HYBRIDS = {"hybrid": ("full_attention", "linear_attention")}
+"""Layer types with two mixers side by side, each with the mask of its own type."""
 
 
 class _BoundLayer(CacheLayerMixin):
-    """One layer's cache over buffers that somebody else owns, written at a position that comes as a tensor.
+    """One layer's keys and values over buffers that somebody else owns, written at a position that comes as a tensor.
 
     Sliding-window layers use it too and leave the window to the mask: transformers' own sliding static layer branches
     on a Python integer, which would freeze one branch into a traced graph.
@@ -80,13 +89,46 @@ class _BoundLayer(CacheLayerMixin):
         return self.bound[0].shape[2]
 
 
+class _BoundRecurrence(LinearAttentionLayer):
+    """One layer's convolution and recurrent states over buffers that somebody else owns; a layer without state too.
+
+    Zeros are the state before the first token, so there always is a previous state.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        if (conv := state.get("conv")) is not None:
+            self.conv_states[0], self.conv_kernel_size[0] = conv, conv.shape[-1]
+            self.is_conv_states_initialized[0] = True
+        if (recurrent := state.get("recurrent")) is not None:
+            self.recurrent_states[0] = recurrent
+            self.is_recurrent_states_initialized[0] = True
+        self.has_previous_state[0] = True
+
+
+class _BoundHybrid(_BoundRecurrence):
+    """A layer with attention and a recurrence side by side: caches know the one by class, the other by `update`."""
+
+    def __init__(self, state: Mapping[str, Tensor], attention: _BoundLayer) -> None:
+        super().__init__(state)
+        self.update = attention.update
+
+
+def _bound(state: Mapping[str, Tensor], position: Tensor) -> Any:
+    if "keys" not in state:
+        return _BoundRecurrence(state)
+    attention = _BoundLayer(state["keys"], state["values"], position)
+    return attention if len(state) == 2 else _BoundHybrid(state, attention)
+
+
 class DecodeStep(nn.Module):
     """One decode step of a causal LM over a static cache of `context` positions.
 
     `forward(input_ids, position)`: `input_ids` int64 `[batch, 1]`; `position` int64 `[1]` (all rows at one position) or
-    `[batch]`; returns logits `[batch, vocab]` in the model's dtype. The caches are the buffers `keys_<i>` and
-    `values_<i>`, `[batch, kv_heads, context, head_dim]`, a pair per layer; `reset()` zeroes them. Raises InputError
-    for a model whose layers keep other state than keys and values, or attend by a rule that is not known here.
+    `[batch]`; returns logits `[batch, vocab]` in the model's dtype. The state is in buffers, by layer: `keys_<i>` and
+    `values_<i>`, `[batch, kv_heads, context, head_dim]`; `conv_<i>`, `[batch, channels, taps]`; `recurrent_<i>`, in the
+    model's own shape. `reset()` zeroes them. Raises InputError for a model whose layers keep other state, or attend by
+    a rule that is not known here.
     """
 
     def __init__(self, model: nn.Module, batch: int, context: int) -> None:
@@ -98,7 +140,8 @@ class DecodeStep(nn.Module):
                 came=f"batch={batch}, context={context}",
             )
         config = _text_config(model)
-        known = {"layer types": (_layer_types(config), _LAYER_MASKS), "attention": ({_attention(config)}, _ATTENTIONS)}
+        kinds = (_layer_types(config), (*_LAYER_MASKS, *_UNMASKED))
+        known = {"layer types": kinds, "attention": ({_attention(config)}, _ATTENTIONS)}
         for what, (used, supported) in known.items():
             if not used <= set(supported):
                 raise InputError(
@@ -110,40 +153,46 @@ class DecodeStep(nn.Module):
         self.model = model
         self.batch = batch
         self.context = context
-        self.cached_layers = 0
-        for index, pair in enumerate(_probe_caches(model)):
-            for kind, sample in zip(("keys", "values"), pair, strict=True):
-                shape = (batch, sample.shape[1], context, sample.shape[3])
+        self._cache = _cache_argument(model)
+        self._states: list[tuple[str, ...]] = []
+        for index, samples in enumerate(_probe_states(model)):
+            for kind, sample in samples.items():
+                shape = [batch, *sample.shape[1:]]
+                if kind in ("keys", "values"):
+                    shape[2] = context
                 buffer = torch.zeros(shape, dtype=sample.dtype, device=sample.device)
                 self.register_buffer(f"{kind}_{index}", buffer, persistent=False)
-            self.cached_layers += 1
+            self._states.append(tuple(samples))
 
     def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
-        layers = [_BoundLayer(keys, values, position) for keys, values in self.caches()]
+        layers = [_bound(state, position) for state in self.caches()]
         output = self.model(
             input_ids=input_ids,
             position_ids=position[:, None],
             attention_mask=self._masks(position),
-            past_key_values=Cache(layers=cast(Any, layers)),
             use_cache=True,
+            **{self._cache: Cache(layers=cast(Any, layers))},
         )
         return output.logits[:, -1]
 
-    def caches(self) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's key and value buffers."""
-        return [(getattr(self, f"keys_{i}"), getattr(self, f"values_{i}")) for i in range(self.cached_layers)]
+    def caches(self) -> list[dict[str, Tensor]]:
+        """Each layer's state buffers by kind: "keys" and "values", "conv" and "recurrent", or none."""
+        return [{kind: getattr(self, f"{kind}_{i}") for kind in kinds} for i, kinds in enumerate(self._states)]
 
     def reset(self) -> None:
-        """Zero every cache in place."""
-        for keys, values in self.caches():
-            keys.zero_()
-            values.zero_()
+        """Zero every layer's state in place."""
+        for state in self.caches():
+            for buffer in state.values():
+                buffer.zero_()
 
-    def _masks(self, position: Tensor) -> Tensor | dict[str, Tensor]:
-        """The masks `[batch, 1, 1, context]` the model expects: one for each layer type, or a single causal one."""
+    def _masks(self, position: Tensor) -> Tensor | dict[str, Tensor | None] | None:
+        """The masks `[batch, 1, 1, context]` the model expects: one for each layer type, a single causal one, or none.
+        """
         config = _text_config(self.model)
         if kinds := _layer_types(config):
-            return {kind: self._mask(kind, position, config) for kind in sorted(kinds)}
+            if kinds <= set(_UNMASKED):
+                return None
+            return {k: None if k in _UNMASKED else self._mask(k, position, config) for k in sorted(kinds)}
         if getattr(config, "sliding_window", None) is not None:
             return self._mask("sliding_attention", position, config)
         return self._mask("full_attention", position, config)
@@ -243,31 +292,58 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _layer_types(config: Any) -> set[str]:
-    return set(getattr(config, "layer_types", None) or ())
+    """Hybrid layers count as the types of their two mixers."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return {part for kind in kinds for part in _HYBRIDS.get(kind, (kind,))}
 
 
 def _attention(config: Any) -> str:
     return str(config._attn_implementation)
 
 
-def _probe_caches(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Each layer's key and value states after one token: shapes come from the model itself, not from its config.
+def _cache_argument(model: nn.Module) -> str:
+    """What forward calls its cache: transformers renamed it between 5.17 and 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _probe_states(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Each layer's state after one token: shapes come from the model itself, not from its config.
 
     Latent attention, per-layer head sizes and shared caches make any formula over the config wrong somewhere.
     """
-    cache = DynamicCache(config=_text_config(model))
+    config = _text_config(model)
+    cache = DynamicCache(config=config)
     token = torch.zeros((1, 1), dtype=torch.int64, device=next(model.parameters()).device)
     with torch.no_grad():
-        model(input_ids=token, past_key_values=cache, use_cache=True)
-    probed: list[tuple[Tensor, Tensor]] = []
-    for index, layer in enumerate(cast(Any, cache).layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or keys.ndim != 4:
-            raise InputError(
-                f"layer {index} of {type(model).__name__} does not keep a key/value cache",
-                expected="keys and values of shape [batch, heads, positions, head_dim]",
-                came=type(layer).__name__,
-                remedy="trace the model's own forward instead of DecodeStep",
-            )
-        probed.append((keys, values))
-    return probed
+        model(input_ids=token, use_cache=True, **{_cache_argument(model): cache})
+    layers: list[Any] = list(cast(Any, cache).layers)
+    kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * len(layers))
+    for index, mode in enumerate(getattr(config, "kv_sharing_modes", None) or ()):
+        kinds[index] = _REUSES if mode == "reuse" else kinds[index]
+    # Before kv_sharing_modes, caches ended where the layers begin that share.
+    return [_state(model, index, kind, layer) for index, (kind, layer) in enumerate(zip(kinds, layers, strict=False))]
+
+
+def _state(model: nn.Module, index: int, kind: str, layer: Any) -> dict[str, Tensor]:
+    """A cache layer's tensors by name. State that its type promises and that is not there is kept somewhere else."""
+    named = (("conv", "conv_states"), ("recurrent", "recurrent_states"))
+    recurrences: dict[str, dict[int, Tensor | None]] = {name: getattr(layer, field, {}) for name, field in named}
+    found: dict[str, Tensor | None] = {name: getattr(layer, name, None) for name in ("keys", "values")}
+    found |= {name: states.get(0) for name, states in recurrences.items()}
+    state = {name: tensor for name, tensor in found.items() if tensor is not None}
+    attention = [state[name].ndim for name in ("keys", "values") if name in state]
+    parts = _HYBRIDS.get(kind, (kind,))
+    whole = (
+        attention == ([4, 4] if set(parts) - set(_UNMASKED) else [])
+        and any(name in state for name in recurrences) == any(part in _RECURRENT for part in parts)
+        and all(len(states) <= 1 for states in recurrences.values())
+    )
+    if not whole:
+        raise InputError(
+            f"layer {index} of {type(model).__name__} ({kind}) keeps state that DecodeStep cannot hold",
+            expected="in transformers' Cache: keys and values of shape [batch, heads, positions, head_dim] for "
+            "attention, a convolution's or a recurrence's state for linear attention, both for hybrids",
+            came=f"{type(layer).__name__} with {', '.join(state) or 'nothing in it'}",
+            remedy="trace the model's own forward instead of DecodeStep",
+        )
+    return state

@@ -25,6 +25,7 @@ from ..kernels.dataflow import Dataflow, positions
 from ..kernels.routing import MARKED, Routing, Weights, is_floating, routings
 from ..runtime.errors import RegionError
 from .branches import Candidate, candidates
+from .module_paths import common_path
 
 _WEIGHTS_BEFORE_SELECTION = 2
 
@@ -151,24 +152,9 @@ def _with_own_constants(flow: Dataflow, side: int) -> int:
 
 def _name(nodes: tuple[Node, ...], count: int, used: set[str]) -> str:
     """`layers.<i>.shared` from the module path the nodes have in common, else `moe.<k>.shared`; always unique."""
-    paths = [path.split(".") for node in nodes if (path := _module_path(node))]
-    common: list[str] = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    found = re.search(r"(?:^|\.)([A-Za-z_]\w*)\.(\d+)(?:\.|$)", ".".join(common))
+    found = re.search(r"(?:^|\.)([A-Za-z_]\w*)\.(\d+)(?:\.|$)", common_path(nodes))
     base = f"layers.{found.group(2)}.shared" if found else f"moe.{count}.shared"
     name, again = base, 1
     while name in used:
         name, again = f"{base}.{again}", again + 1
     return name
-
-
-def _module_path(node: Node) -> str:
-    """The dotted path of the innermost module a node was traced in; subscripts and getattr calls become dots."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    return re.sub(r"""\[['"]?(\w+)['"]?\]""", r".\1", path)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, traceable_longcat
 from torch import Tensor
 
 from auxstream.capture.mark import mark_multi_stream_moe_shared_experts
@@ -18,78 +18,6 @@ from auxstream.runtime.errors import InputError, MissingDependencyError, TraceEr
 
 transformers = pytest.importorskip("transformers")
 from auxstream.capture.huggingface import DecodeStep, build, gemma4_config  # noqa: E402
-
-COMMON: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 256,
-}
-DEEPSEEK = {
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-}
-GLM = {
-    "head_dim": 16,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
-QWEN2 = {
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 48,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-}
-LLAMA4 = {
-    "head_dim": 16,
-    "intermediate_size": 32,
-    "intermediate_size_mlp": 96,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 1,
-    "interleave_moe_layer_step": 1,
-    "attention_chunk_size": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
-
-# The configuration, the regions by name, and the nodes of each (constant casts of the branch's own weights included).
-ARCHITECTURES: dict[str, tuple[Callable[[], Any], list[str], int]] = {
-    "gemma4": (lambda: gemma4_config(2, "tiny"), ["layers.0.shared", "layers.1.shared"], 23),
-    "deepseek_v3": (lambda: transformers.DeepseekV3Config(**{**COMMON, **DEEPSEEK}), ["layers.1.shared"], 5),
-    "glm4_moe": (lambda: transformers.Glm4MoeConfig(**{**COMMON, **GLM}), ["layers.1.shared"], 5),
-    "qwen2_moe": (
-        lambda: transformers.Qwen2MoeConfig(**{**COMMON, **QWEN2}),
-        ["layers.0.shared", "layers.1.shared"],
-        8,
-    ),
-    "llama4": (
-        lambda: transformers.Llama4TextConfig(**{**COMMON, **LLAMA4}),
-        ["layers.0.shared", "layers.1.shared"],
-        5,
-    ),
-    "mixtral": (lambda: transformers.MixtralConfig(**{**COMMON, **MIXTRAL}), [], 0),
-}
 
 
 def steps(call: Callable[[Tensor, Tensor], Tensor], step: DecodeStep, positions: list[Tensor]) -> list[Tensor]:
@@ -101,26 +29,27 @@ def steps(call: Callable[[Tensor, Tensor], Tensor], step: DecodeStep, positions:
         for position in positions:
             tokens = torch.randint(0, 128, (step.batch, 1), generator=generator)
             results.append(call(tokens, position).clone())
-    results += [cache.clone() for pair in step.caches() for cache in pair]
+    results += [cache.clone() for state in step.caches() for cache in state.values()]
     step.reset()
     return results
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_traced_marked_and_scheduled_steps_equal_eager_bit_for_bit(name: str) -> None:
-    config, regions, nodes = ARCHITECTURES[name]
-    step = DecodeStep(build(config()), batch=2, context=32)
+    architecture = ARCHITECTURES[name]
+    step = DecodeStep(architecture.model(), batch=2, context=32)
     ragged = [torch.tensor([i, i + 3]) for i in range(5)]
     expected = steps(step, step, ragged)
     traced = trace(step, (torch.zeros(2, 1, dtype=torch.int64), ragged[0]))
     gm = traced.graph_module
     assert all(torch.equal(a, b) for a, b in zip(steps(gm, step, ragged), expected, strict=True)), "traced"
-    assert set(traced.mutated_buffers) == {f"{kind}_{i}" for kind in ("keys", "values") for i in range(2)}
+    state = {f"{kind}_{i}" for i, kinds in enumerate(step.caches()) for kind in kinds}
+    assert set(traced.mutated_buffers) == state
     found = mark_multi_stream_moe_shared_experts(gm)
-    assert [region.name for region in found] == regions
-    assert [len(region.nodes) for region in found] == [nodes] * len(regions)
+    assert [region.name for region in found] == [f"layers.{layer}.shared" for layer in architecture.shared]
+    assert {len(region.nodes) for region in found} <= {architecture.shared_nodes}
     plans = insert_regions(gm)
-    assert len(plans) == len(regions)
+    assert len(plans) == len(architecture.shared)
     assert all(plan.recorded == () and len(plan.live_ins) == len(plan.live_outs) == 1 for plan in plans)
     assert all(torch.equal(a, b) for a, b in zip(steps(gm, step, ragged), expected, strict=True)), "scheduled"
 
@@ -138,16 +67,54 @@ def test_a_dropped_cache_write_would_be_seen() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(steps(gm, step, positions), expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["gemma4", "llama4", "deepseek_v3"])
-def test_a_run_of_steps_equals_one_forward_over_the_sequence(name: str) -> None:
+def against_one_forward(model: torch.nn.Module, reference: torch.nn.Module, length: int = 40) -> None:
     """Transformers' own prefill, with its own masks and no static cache, is the reference; windows are crossed."""
     torch.manual_seed(0)
-    step = DecodeStep(build(ARCHITECTURES[name][0](), dtype=torch.float32), batch=2, context=40)
-    tokens = torch.randint(0, 128, (2, 40))
+    step = DecodeStep(model, batch=2, context=length)
+    tokens = torch.randint(0, 128, (2, length))
     with torch.no_grad():
-        expected = step.model(input_ids=tokens).logits
-        mine = torch.stack([step(tokens[:, i : i + 1], torch.tensor([i])) for i in range(40)], 1)
+        expected = reference(input_ids=tokens).logits
+        mine = torch.stack([step(tokens[:, i : i + 1], torch.tensor([i])) for i in range(length)], 1)
     torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "llama4", "deepseek_v3", "qwen3_next", "nemotron_h", "falcon_h1"])
+def test_a_run_of_steps_equals_one_forward_over_the_sequence(name: str) -> None:
+    model = ARCHITECTURES[name].model(torch.float32)
+    against_one_forward(model, model)
+
+
+def test_layers_that_read_anothers_keys_and_convolutions_without_attention() -> None:
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    sharing = transformers.Gemma3nTextConfig(
+        **sizes,
+        num_key_value_heads=2,
+        num_hidden_layers=4,
+        head_dim=16,
+        vocab_size_per_layer_input=128,
+        hidden_size_per_layer_input=16,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        laurel_rank=8,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+        sliding_window=8,
+    )
+    convolving = transformers.Lfm2Config(
+        **sizes, num_key_value_heads=2, num_hidden_layers=2, layer_types=["conv", "full_attention"]
+    )
+    for config in (sharing, convolving):
+        model = build(config, dtype=torch.float32)
+        against_one_forward(model, model, length=12)
+
+
+def test_longcats_experts_as_products_equal_its_own_loop() -> None:
+    config = ARCHITECTURES["longcat_flash"].config()
+    model, own = build(config, dtype=torch.float32), build(config, dtype=torch.float32)
+    against_one_forward(traceable_longcat(model), own)
+    step = DecodeStep(own, batch=1, context=8)
+    with pytest.raises(TraceError, match="values of tensors"):
+        trace(step, (torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0])))
 
 
 def test_a_forgotten_window_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,11 +177,12 @@ def test_build_leaves_the_global_rng_alone_and_follows_its_seed() -> None:
     assert not all(torch.equal(a, c) for a, _, c in pairs)
 
 
-def test_models_without_key_value_caches_are_refused() -> None:
-    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 64, "state_size": 8}
-    mamba = build(transformers.MambaConfig(**sizes))
-    with pytest.raises(InputError):
-        DecodeStep(mamba, batch=1, context=8)
+def test_models_that_keep_their_state_elsewhere_are_refused() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 64, "num_attention_heads": 4, "lru_width": 64}
+    griffin = build(transformers.RecurrentGemmaConfig(**sizes, intermediate_size=96))
+    with pytest.raises(InputError, match="layer 0 of RecurrentGemmaForCausalLM") as caught:
+        DecodeStep(griffin, batch=1, context=8)
+    assert "nothing in it" in caught.value.came
     with pytest.raises(InputError, match="at least one token"):
         DecodeStep(build(gemma4_config(1, "tiny")), batch=0, context=8)
 

@@ -1,0 +1,183 @@
+"""What a node moves and computes, from shapes alone: bytes read and written, operations of products.
+
+Enters: a graph's dataflow. Leaves: a `Cost` per node. A node reads its operands and writes its results once, views are
+free, and nothing is assumed fused or cached. An op that picks by integers touches what it picks, not the whole table:
+no more rows than its result holds, no more of what it writes than it was given to write, no more experts than it was
+given tokens for. Only products count as operations; all else is bound by its bytes. These are estimates to rank
+branches by, and nothing but a ranking may depend on them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from ..kernels import accesses
+from ..kernels.dataflow import Dataflow
+
+_FIRST_FACTOR: Final = {
+    "linear": 0,
+    "matmul": 0,
+    "mm": 0,
+    "mv": 0,
+    "dot": 0,
+    "bmm": 0,
+    "_int_mm": 0,
+    "_scaled_mm": 0,
+    "_grouped_mm": 0,
+    "_scaled_grouped_mm": 0,
+    "grouped_mm_fallback": 0,
+    "addmm": 1,
+    "addmv": 1,
+    "baddbmm": 1,
+}
+"""Products by name, and which operand's last dimension they sum over."""
+_OVERWRITE: Final = frozenset(("copy_", "fill_", "zero_", "index_copy_", "index_put_", "scatter_", "index_fill_"))
+"""In-place ops that do not read what they write."""
+_ALLOCATE: Final = ("empty", "new_empty")
+"""What the names of ops begin with whose results are not written yet."""
+_BYTES: Final = ("B", "KiB", "MiB", "GiB")
+_FLOPS: Final = ("flop", "kflop", "Mflop", "Gflop", "Tflop")
+_FUSED: Final = "auxstream_fused"
+_INTEGERS: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Bytes moved, and operations (two for a multiply and add) of products."""
+
+    bytes: int = 0
+    flops: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+    def __str__(self) -> str:
+        moved, computed = _scaled(self.bytes, 1024, _BYTES), _scaled(self.flops, 1000, _FLOPS)
+        return f"{moved}, {computed}"
+
+
+def _scaled(amount: float, base: int, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if amount < base:
+            return f"{amount:.3g} {unit}"
+        amount /= base
+    return f"{amount:.3g} {units[-1]}"
+
+
+def cost_of(flow: Dataflow, node: Node) -> Cost:
+    """The cost of one node; nothing for inputs, attributes, scalars, views and bare allocations."""
+    if node.op != "call_function" or flow.is_view(node) or flow.symbolic >> flow.index[node] & 1:
+        return Cost()
+    name = _name(node)
+    if name.startswith(_ALLOCATE):
+        return Cost()
+    allocates = any(flow.owner[storage] is node for storage in flow.storages[node])
+    made = moved = _bytes(node) if allocates else 0
+    for argument in node.all_input_nodes:
+        touched = min(_touched(flow, node, argument, made), _bytes(argument))
+        twice = flow.storages[argument] & flow.writes[node] and name not in _OVERWRITE
+        moved += 2 * touched if twice else touched
+    return Cost(moved, _flops(flow, node))
+
+
+def _touched(flow: Dataflow, node: Node, argument: Node, made: int) -> int:
+    """A bound on the bytes of `argument` that `node` can touch; the caller takes the argument's size where smaller."""
+    whole = _bytes(argument)
+    indices = _indices(node)
+    if not indices or argument in indices or _pointwise(node):
+        return whole
+    if flow.storages[argument] & flow.writes[node]:
+        width = max(leaf.element_size() for leaf in accesses.tensors(argument))
+        given = [_bytes(a) for a in node.all_input_nodes if a is not argument and a not in indices]
+        return max(given + [_count(a) * width for a in indices])
+    if is_stacked(flow, argument) and _is_product(node):
+        return whole // argument.meta["val"].shape[0] * _picks(flow, node, argument)
+    return whole if _is_product(node) else made
+
+
+def _flops(flow: Dataflow, node: Node) -> int:
+    name, values = _name(node), [_value(a) for a in (*node.args, *node.kwargs.values())]
+    if name in _FIRST_FACTOR and (factor := values[_FIRST_FACTOR[name]]) is not None and factor.dim():
+        return 2 * sum(leaf.numel() for leaf in accesses.tensors(node)) * factor.shape[-1]
+    if name.startswith(("conv1d", "conv2d", "conv3d", "convolution")) and (weight := values[1]) is not None:
+        return 2 * sum(leaf.numel() for leaf in accesses.tensors(node)[:1]) * weight[0].numel()
+    if "scaled_dot_product" in name and len(values) > 2 and all(v is not None and v.dim() == 4 for v in values[:3]):
+        query, key, value = (v.shape for v in values[:3] if v is not None)
+        return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+    if not _is_product(node):
+        return 0
+    total = 0
+    for weight in node.all_input_nodes:
+        if is_stacked(flow, weight):
+            total += 2 * _picks(flow, node, weight, distinct=False) * math.prod(weight.meta["val"].shape[1:])
+        elif flow.constants >> flow.index[weight] & 1 and weight.meta["val"].dim() == 2:
+            total += 2 * _rows(flow, node) * weight.meta["val"].numel()
+    return total
+
+
+def _is_product(node: Node) -> bool:
+    """A product by name, or an op of others, which may be one."""
+    target = node.target
+    if isinstance(target, OpOverload) and target.namespace in ("aten", _FUSED):
+        return _name(node) in _FIRST_FACTOR
+    return isinstance(target, OpOverload)
+
+
+def is_stacked(flow: Dataflow, node: Node) -> bool:
+    """A weight with a slice for each expert."""
+    value = node.meta.get("val")
+    return bool(flow.constants >> flow.index[node] & 1) and isinstance(value, Tensor) and value.dim() >= 3
+
+
+def _picks(flow: Dataflow, node: Node, weight: Node, *, distinct: bool = True) -> int:
+    """How many of a stacked weight's slices a product uses; each may be used several times, if not `distinct`."""
+    experts = weight.meta["val"].shape[0]
+    indices = _indices(node)
+    # One integer per slice says where its rows end; otherwise there is one integer per use.
+    uses = _rows(flow, node) if all(_count(a) == experts for a in indices) else sum(_count(a) for a in indices)
+    return min(uses, experts) if distinct else uses
+
+
+def _rows(flow: Dataflow, node: Node) -> int:
+    """Rows of the widest activation that `node` reads."""
+    moving = [a.meta.get("val") for a in node.all_input_nodes if not flow.constants >> flow.index[a] & 1]
+    floating = [v for v in moving if isinstance(v, Tensor) and v.is_floating_point() and v.dim()]
+    return max((v.numel() // v.shape[-1] for v in floating if v.shape[-1]), default=0)
+
+
+def _indices(node: Node) -> list[Node]:
+    return [a for a in node.all_input_nodes if (v := _value(a)) is not None and v.dtype in _INTEGERS and v.dim()]
+
+
+def _pointwise(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def _name(node: Node) -> str:
+    return node.target._schema.name.split("::")[-1] if isinstance(node.target, OpOverload) else ""
+
+
+def _value(argument: Any) -> Tensor | None:
+    value = argument.meta.get("val") if isinstance(argument, Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def _bytes(node: Node) -> int:
+    return sum(_size(leaf) for leaf in accesses.tensors(node))
+
+
+def _count(node: Node) -> int:
+    return sum(leaf.numel() for leaf in accesses.tensors(node))
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of memory behind a tensor: what it repeats (a stride of 0) counts once."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, stride in sizes if stride or not size) * tensor.element_size()
