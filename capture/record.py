@@ -211,10 +211,11 @@ class Recorder(TorchDispatchMode):
         refuse_layouts(func, tensors)
         self.sweep()
         mine = [tensor for tensor in tensors if tensor.device.type == self.device_type]
-        reads, writes = self._split(func, args, kwargs)
+        here = self._works_here(tensors, kwargs)
+        reads, writes = self._split(func, args, kwargs, here)
         stream = self.current()
         if self.device_type == "cuda" and any(tensor.device.type == "cpu" for tensor in tensors):
-            stream = self._meet_host(mine, (*reads, *writes), stream)
+            stream = self._meet_host(here, (*reads, *writes), stream)
         views = is_view(func)
         if not views:
             self._watch_reads(func, mine, stream)
@@ -225,7 +226,11 @@ class Recorder(TorchDispatchMode):
         write_refs = tuple(refs[id(tensor)] for tensor in writes)
         plain_args, plain_kwargs = replaced((args, kwargs), lambda tensor: refs.get(id(tensor), tensor))
         self.before_op(len(self.steps), stream)
-        result, inside = self._run(func, args, kwargs)
+        self._inside = inside = _Inside()
+        try:
+            result = self._run(func, args, kwargs, here or not tensors)
+        finally:
+            self._inside = None
         read_refs += tuple(ref for ref in inside.reads if ref not in read_refs)
         write_refs += tuple(ref for ref in inside.writes if ref not in write_refs)
         for tensor in writes:
@@ -245,23 +250,26 @@ class Recorder(TorchDispatchMode):
             self._handing.wrote(ref.buffer, stream)
         return result
 
-    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, _Inside]:
-        """Call an op; one from outside torch with its insides watched."""
-        inside = _Inside()
+    def _works_here(self, tensors: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bool:
+        """Whether an op works on the device that is captured: on tensors there, or to make some there."""
+        device = kwargs.get("device")
+        target = None if device is None else torch.device(device).type
+        return target == self.device_type or any(tensor.device.type == self.device_type for tensor in tensors)
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], here: bool) -> Any:
+        """Call an op; one from outside torch, at work on the device, with its insides watched."""
         key = self.device_type.upper()
-        if func.namespace in OWN_NAMESPACES or not _has_kernel(func.name(), key):
-            return func(*args, **kwargs), inside
-        self._inside = inside
-        try:
-            with self:
-                keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-                return func.redispatch(keys, *args, **kwargs), inside
-        finally:
-            self._inside = None
+        if func.namespace in OWN_NAMESPACES or not here or not _has_kernel(func.name(), key):
+            return func(*args, **kwargs)
+        with self:
+            return func.redispatch(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *args, **kwargs)
 
     def _look_inside(self, inside: _Inside, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """An op that a custom op is made of."""
-        reads, writes = ([], []) if is_view(func) else self._split(func, args, kwargs)
+        """An op that a custom op is made of, or one that those are made of."""
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
+        refuse_layouts(func, tensors)
+        here = self._works_here(tensors, kwargs)
+        reads, writes = ([], []) if is_view(func) else self._split(func, args, kwargs, here)
         own = {key for key, storage in inside.own.items() if not storage.expired()}
         reads, writes = (
             [tensor for tensor in found if tensor.untyped_storage()._cdata not in own] for found in (reads, writes)
@@ -270,7 +278,7 @@ class Recorder(TorchDispatchMode):
             self._save(writes, kwargs)
         inside.reads += [self.ref(tensor) for tensor in reads]
         inside.writes += [self.ref(tensor) for tensor in writes]
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs, here or not tensors)
         for leaf in tensors_in(result):
             if leaf.layout is torch.strided:
                 storage = leaf.untyped_storage()
@@ -278,30 +286,31 @@ class Recorder(TorchDispatchMode):
                     inside.own[storage._cdata] = _Storage(storage, -1)
         return result
 
-    def _meet_host(self, mine: Sequence[Tensor], touched: Sequence[Tensor], stream: int) -> int:
+    def _meet_host(self, here: bool, touched: Sequence[Tensor], stream: int) -> int:
         """The stream of an op that touches host memory. One on the host alone counts if a captured copy knows it."""
-        if not mine:
+        if not here:
             self.stream_names.setdefault(HOST, "host")
             return HOST
         if self._handing.used(HOST) and any(tensor.device.type == "cpu" for tensor in touched):
             self.wait(stream, self.mark(HOST, "host work so far"), "host work so far")
         return stream
 
-    def _is_mine(self, leaf: Tensor, on_device: bool) -> bool:
+    def _is_mine(self, leaf: Tensor, here: bool) -> bool:
         """Whether a tensor is memory of the program: on its device; pinned, in an op of the device; or known."""
         if leaf.device.type == self.device_type:
             return True
         if self.device_type != "cuda" or leaf.device.type != "cpu" or leaf.layout is not torch.strided:
             return False
-        return leaf.is_pinned() if on_device else leaf.untyped_storage()._cdata in self._storages
+        return leaf.is_pinned() if here else leaf.untyped_storage()._cdata in self._storages
 
-    def _split(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    def _split(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], here: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         reads: list[Tensor] = []
         writes: list[Tensor] = []
-        on_device = any(leaf.device.type == self.device_type for leaf in (*tensors_in(args), *tensors_in(kwargs)))
         hidden = hidden_writes(func, args)
         for argument in arguments(func):
-            found = [leaf for leaf in tensors_in(argument.of(args, kwargs)) if self._is_mine(leaf, on_device)]
+            found = [leaf for leaf in tensors_in(argument.of(args, kwargs)) if self._is_mine(leaf, here)]
             if found and (argument.writes or argument.position in hidden):
                 writes += found
             if found and argument.reads:

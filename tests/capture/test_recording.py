@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import auxstream
+from auxstream.capture.allocator import AllocatorModel
 from auxstream.capture.graphs import SimulatedGraph
-from auxstream.capture.program import Wait
+from auxstream.capture.program import Op, Wait
 from auxstream.capture.proof import verify
+from auxstream.capture.record import Recorder
 from auxstream.runtime.errors import CaptureError, HostReadError, RaceError
 from auxstream.runtime.regions import open_region
 
@@ -52,6 +56,79 @@ def test_an_op_over_functions_is_refused_by_name() -> None:
     ):
         torch.cond(torch.ones(()) > 0, torch.sin, torch.cos, (torch.ones(2),))
     torch._dynamo.reset()  # Dynamo would remember that it met the recorder here
+
+
+# --- inside custom ops ------------------------------------------------------------------------------------------------
+
+
+@cache
+def library() -> torch.library.Library:
+    """`lies` writes its argument and does not say so; `calls` calls it; each device has a kernel of its own."""
+    made = torch.library.Library("test_recording", "DEF")
+    for name in ("lies", "calls", "sparse", "device"):
+        made.define(f"{name}(Tensor x) -> Tensor")
+    made.impl("lies", lambda x: x.add_(1) * 2, "CPU")
+    made.impl("calls", lambda x: torch.ops.test_recording.lies(x) + 1, "CPU")
+    made.impl("sparse", lambda x: torch.sparse.mm(x.to_sparse_coo(), x), "CPU")
+    made.impl("device", lambda x: x + 1, "CPU")
+    made.impl("device", lambda x: x + 100, "CUDA")
+    return made
+
+
+def beside_a_product(x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
+    region = auxstream.fork("aux", x)
+    y = x * 3
+    with region:
+        s = region.returns(op(x))
+    region.join()
+    return y + s
+
+
+@pytest.mark.parametrize("op", ["lies", "calls"])
+def test_a_write_that_a_schema_hides_is_seen_however_deep(op: str) -> None:
+    library()
+    x = torch.ones(64)
+    with pytest.raises(RaceError, match=op), auxstream.graph(device="cpu"):
+        beside_a_product(x, getattr(torch.ops.test_recording, op))
+    with auxstream.graph(device="cpu"):
+        beside_a_product(x, torch.ops.test_recording.device)
+
+
+def test_a_layout_inside_a_custom_op_is_refused_by_name() -> None:
+    library()
+    with pytest.raises(CaptureError, match="plain strided memory"), auxstream.graph(device="cpu"):
+        torch.ops.test_recording.sparse(torch.ones(2, 2))
+
+
+def test_a_custom_op_on_the_host_runs_its_kernel_for_the_host() -> None:
+    """While CUDA captures, tensors of the host go where they always go."""
+    library()
+    with Recorder(allocator=None, watch="off"):
+        assert torch.ops.test_recording.device(torch.ones(2)).tolist() == [2, 2]
+
+
+# --- host memory under a CUDA capture ---------------------------------------------------------------------------------
+
+
+def test_an_upload_that_makes_its_tensor_is_work_of_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pinned.to("cuda", non_blocking=True)`: its only argument lies on the host, and yet it is no work of the host."""
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: True)
+    recorder = Recorder(allocator=AllocatorModel(), watch="error")
+    recorder.device_type, recorder.current, recorder.stream_names = "cuda", lambda: 7, {7: "caller"}
+    told: list[int] = []
+    recorder.before_op = lambda step, stream: told.append(stream)
+    pinned = torch.ones(4)
+    source = recorder.buffer_of(pinned)
+    with FakeTensorMode(allow_non_fake_inputs=True), recorder:
+        cuda = torch.device("cuda")
+        x = torch.ops.aten._to_copy.default(pinned, device=cuda, non_blocking=True)
+        _ = x + 1
+    upload, add = recorder.steps
+    assert isinstance(upload, Op)
+    assert isinstance(add, Op)
+    assert (upload.stream, add.stream, told) == (7, 7, [7, 7])
+    assert [ref.buffer for ref in upload.reads] == [source]
+    assert add.reads == upload.fresh
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------

@@ -158,6 +158,22 @@ def test_a_pinned_buffer_rewritten_in_mid_capture() -> None:
     assert {race.first.stream, race.second.stream} == {"caller", "host"}
 
 
+def test_an_upload_may_make_its_tensor() -> None:
+    pinned = torch.ones(256, pin_memory=True)
+    with auxstream.graph("uploads") as g:
+        y = pinned.to("cuda", non_blocking=True) + 1
+    pinned.fill_(5)
+    g.replay()
+    torch.cuda.synchronize()
+    assert bool((y == 6).all())
+    with warnings.catch_warnings(), auxstream.graph("again", verify="warn") as again:
+        warnings.simplefilter("ignore")
+        y = pinned.to("cuda", non_blocking=True) + 1
+        pinned.fill_(2)
+    (race,) = again.report.races
+    assert {race.first.stream, race.second.stream} == {"caller", "host"}
+
+
 def test_a_launch_behind_torch_s_back_is_unattributed() -> None:
     x = torch.ones(256, device="cuda")
     with warnings.catch_warnings(), auxstream.graph("raw", verify="warn") as g:
