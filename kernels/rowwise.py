@@ -102,14 +102,17 @@ def _on_cuda(call: Call) -> bool:
 
 
 def _variance(builder: GroupBuilder, call: Call, operand: Operand) -> Value:
-    x = builder.cast(operand(call.source), F32)
-    return builder.cast(_squares(builder, _centred(builder, x), _correction(call)), call.value.dtype)
+    return builder.cast(_spread(builder, call, operand), call.value.dtype)
 
 
 def _deviation(builder: GroupBuilder, call: Call, operand: Operand) -> Value:
-    x = builder.cast(operand(call.source), F32)
-    variance = _squares(builder, _centred(builder, x), _correction(call))
+    variance = _spread(builder, call, operand)
     return builder.pointwise(lambda b, v: b.math("sqrt", v), [variance], call.value.dtype)
+
+
+def _spread(builder: GroupBuilder, call: Call, operand: Operand) -> Value:
+    centred = _centred(builder, builder.cast(operand(call.source), F32), on_cuda=_on_cuda(call))
+    return _squares(builder, centred, less=_correction(call), on_cuda=_on_cuda(call))
 
 
 def _correction(call: Call) -> float:
@@ -118,13 +121,13 @@ def _correction(call: Call) -> float:
     return 1 if correction is None else float(correction)
 
 
-def _centred(builder: GroupBuilder, x: Value) -> Value:
-    return builder.pointwise(lambda b, v, m: b.sub(v, m), [x, mean(builder, x, on_cuda=False)], F32)
+def _centred(builder: GroupBuilder, x: Value, *, on_cuda: bool) -> Value:
+    return builder.pointwise(lambda b, v, m: b.sub(v, m), [x, mean(builder, x, on_cuda=on_cuda)], F32)
 
 
-def _squares(builder: GroupBuilder, x: Value, less: float = 0) -> Value:
+def _squares(builder: GroupBuilder, x: Value, *, less: float = 0, on_cuda: bool) -> Value:
     square = builder.pointwise(lambda b, v: b.mul(v, v), [x], F32)
-    return mean(builder, square, less=less, on_cuda=False)
+    return mean(builder, square, less=less, on_cuda=on_cuda)
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
@@ -134,15 +137,14 @@ def _rms_norm(builder: GroupBuilder, call: Call, operand: Operand) -> Value:
     x = builder.cast(operand(call.source), F32)
     eps = call.arguments["eps"]
     eps = torch.finfo(F32).eps if eps is None else eps
-    square = builder.pointwise(lambda b, v: b.mul(v, v), [x], F32)
-    scale = _rsqrt(builder, mean(builder, square, on_cuda=_on_cuda(call)), eps)
+    scale = _rsqrt(builder, _squares(builder, x, on_cuda=_on_cuda(call)), eps)
     normal = builder.pointwise(lambda b, v, s: b.mul(v, s), [x, scale], F32)
     return _scaled(builder, call, operand, normal)
 
 
 def _layer_norm(builder: GroupBuilder, call: Call, operand: Operand) -> Value:
-    centred = _centred(builder, builder.cast(operand(call.source), F32))
-    scale = _rsqrt(builder, _squares(builder, centred), call.arguments["eps"])
+    centred = _centred(builder, builder.cast(operand(call.source), F32), on_cuda=_on_cuda(call))
+    scale = _rsqrt(builder, _squares(builder, centred, on_cuda=_on_cuda(call)), call.arguments["eps"])
     normal = builder.pointwise(lambda b, v, s: b.mul(v, s), [centred, scale], F32)
     return _scaled(builder, call, operand, normal)
 
@@ -182,7 +184,18 @@ def _shifted(builder: GroupBuilder, call: Call, operand: Operand) -> tuple[Value
 
 def _softmax(builder: GroupBuilder, call: Call, operand: Operand) -> Value:
     _, powers, total = _shifted(builder, call, operand)
-    return builder.pointwise(lambda b, v, t: b.div(v, t), [powers, total], call.value.dtype)
+    inverse = builder.pointwise(lambda b, t: b.div(1, t), [total], F32)
+    return builder.pointwise(_share, [powers, total, inverse], call.value.dtype)
+
+
+def _share(b: Body, part: Scalar, total: Scalar, inverse: Scalar) -> Scalar:
+    """part / total, total from 1 on: a product with the reciprocal, and what that leaves over.
+
+    The nearest float32, but for parts below 2**-100, where it may be the one beside it. A division per element is most
+    of a softmax's time: CUDA's looks for exponents that this one cannot meet, and branches.
+    """
+    share = b.mul(part, inverse)
+    return b.fma(b.fma(share, b.neg(total), part), inverse, share)
 
 
 def _log_softmax(builder: GroupBuilder, call: Call, operand: Operand) -> Value:

@@ -6,6 +6,7 @@ source of one `@triton.jit` function.
     flat      no rows: every operand is dense, or one element, and walked as one dimension
     blocks    no reductions: a program per ROWS x BLOCK tile
     resident  a program holds whole rows (BLOCK >= columns)
+    ahead     the same, but it asks for all it reads before the first reduction, where nothing else hides that wait
     tiled     a program walks its rows in BLOCKs, once per level of reductions and once to write
 
 Invariant: all forms compute each element by the same operations in the same order; only how a reduction's partial
@@ -15,20 +16,26 @@ results add up differs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from .expressions import TRITON_TYPE
 from .function import body_of, element_of, is_reduction, operations, over_columns, over_rows, shape_of, width_of
 from .geometry import Access
 from .triton_values import MAIN, Values, combined, neutral, whole_row
 
-Form = Literal["flat", "blocks", "resident", "tiled"]
+Form = Literal["flat", "blocks", "resident", "ahead", "tiled"]
 
 
 def triton_source(function: Any, inputs: Sequence[Access], outputs: Sequence[Access], form: Form, name: str) -> str:
     """The kernel of `function` (an MLIR `func.func`) as Python source, without imports."""
     writer = _Writer(function, inputs, outputs, form)
-    {"flat": writer.flat, "blocks": writer.blocks, "resident": writer.resident, "tiled": writer.tiled}[form]()
+    {
+        "flat": writer.flat,
+        "blocks": writer.blocks,
+        "resident": writer.resident,
+        "ahead": writer.ahead,
+        "tiled": writer.tiled,
+    }[form]()
     return writer.source(name)
 
 
@@ -47,6 +54,9 @@ def columns(function: Any) -> int:
 
 def _bodies(op: Any) -> list[Any]:
     return body_of(op) if op.name == "linalg.generic" else []
+
+
+_COLUMNS: Final = "col = tl.arange(0, BLOCK)[None, :]"
 
 
 class _Writer:
@@ -89,9 +99,15 @@ class _Writer:
 
     def resident(self) -> None:
         self._rows("tl.program_id(0)")
-        self.text.append("col = tl.arange(0, BLOCK)[None, :]")
+        self.text.append(_COLUMNS)
         for number in range(len(self.results)):
             self._store(number)
+
+    def ahead(self) -> None:
+        self.values.ahead = []
+        self.resident()
+        place = self.text.index(_COLUMNS) + 1
+        self.text[place:place] = self.values.ahead
 
     def tiled(self) -> None:
         self._rows("tl.program_id(0)")

@@ -67,6 +67,8 @@ class Values:
         """The shape of a value that is the same everywhere."""
         self.outer: list[str] = []
         self.lines = self.outer
+        self.ahead: list[str] | None = None
+        """Where loads at the program's own rows are written, if not as they come; they depend on nothing else."""
         self.known: dict[Any, str] = {}
         self._count = 0
 
@@ -128,7 +130,8 @@ class Values:
     def _load(self, name: str, type: Any, point: Point) -> str:
         result = self.fresh("x")
         address, mask = self.address(name, type, point), self.mask(type, point)
-        self.lines.append(f"{result} = tl.load({address}{f', mask={mask}' if mask else ''})")
+        lines = self.lines if self.ahead is None or point.row != MAIN.row else self.ahead
+        lines.append(f"{result} = tl.load({address}{f', mask={mask}' if mask else ''})")
         return result
 
     def address(self, name: str, type: Any, point: Point) -> str:

@@ -66,13 +66,17 @@ def _blocks(width: int, rows: int, whole: int) -> list[Variant]:
 
 
 def _resident(rows: int, whole: int) -> list[Variant]:
-    together = max(1, min(next_power_of_two(rows), 2048 // whole)) if rows > 132 else 1
+    """Where each multiprocessor has one row at most, nothing hides a wait for memory: what is read is read ahead."""
+    few = rows <= 132
+    together = 1 if few else max(1, min(next_power_of_two(rows), 2048 // whole))
     tile = together * whole
     warps = max(1, min(16, tile // 512))
-    found = [Variant("resident", together, whole, warps)]
+    found = [Variant("ahead" if few else "resident", together, whole, warps)]
     for other in (warps * 2, warps // 2, warps * 4):
         if 1 <= other <= 32 and tile // (other * 32) >= 1:
-            found.append(Variant("resident", together, whole, other))
+            found.append(Variant(found[0].form, together, whole, other))
+    if few and whole >= 8192:  # for which there may be too few registers
+        found.append(Variant("resident", together, whole, min(32, warps * 2)))
     if whole >= 4096:
         found.append(Variant("tiled", 1, 2048, 8))
     return found

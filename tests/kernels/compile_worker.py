@@ -1,7 +1,7 @@
 """Compiles kernels for sm_90 on a machine that may have no GPU, and says what came out. Run by `test_sm90`.
 
 Prints one JSON object per kernel: its name, the size of its cubin, and its PTX instructions that touch global memory or
-round, with their counts.
+round, with their counts; how many loads come behind a barrier.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def report(name: str, fusion: Fusion, every: bool = False, **options: Any) -> It
     for variant, launch in itertools.islice(candidates.items(), None if every else 1):
         found = compiled(launch, [tensor.dtype for tensor in (*inputs, *outputs)], **options)
         told = collections.Counter(TOLD.findall(found.asm["ptx"]))
-        yield {"name": name, "variant": str(variant), "cubin": len(found.asm["cubin"]), "told": told}
+        late = found.asm["ptx"].partition("bar.sync")[2].count("ld.global")
+        yield {"name": name, "variant": str(variant), "cubin": len(found.asm["cubin"]), "told": told, "late": late}
 
 
 def of_patterns(rows: int, width: int, every: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
@@ -112,6 +113,7 @@ def of_arithmetic() -> Iterator[dict[str, Any]]:
 
 JOBS = {
     "aligned": lambda: of_patterns(16, 4096, ("residual_and_norm", "softmax", "swiglu", "rope")),
+    "many": lambda: of_patterns(200, 4096),
     "odd": lambda: of_patterns(7, 2002),
     "long": lambda: of_patterns(2, 65536),
     "ops": of_ops,

@@ -29,7 +29,7 @@ def started(folder: Path, jobs: Sequence[str]) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    jobs = (["aligned", "arithmetic"], ["ops", "odd", "long"])
+    jobs = (["aligned", "arithmetic", "many"], ["ops", "odd", "long"])
     children = [started(tmp_path_factory.mktemp("compiled"), some) for some in jobs]
     found: Kernels = []
     for child in children:
@@ -58,7 +58,7 @@ def flushing(kernel: dict[str, Any]) -> list[str]:
     return [name for name in kernel["told"] if ".ftz" in name and not name.startswith("ex2")]
 
 
-@pytest.mark.parametrize("job", ["aligned", "odd", "long"])
+@pytest.mark.parametrize("job", ["aligned", "many", "odd", "long"])
 def test_every_pattern_compiles(kernels: Kernels, job: str) -> None:
     assert {kernel["name"] for kernel in of(kernels, job)} == set(PATTERNS)
     assert all(kernel["cubin"] for kernel in of(kernels, job))
@@ -90,6 +90,22 @@ def test_long_rows_move_in_the_widest(kernels: Kernels) -> None:
 def test_rows_that_are_not_aligned_do_not(kernels: Kernels) -> None:
     """The count above sees narrow words where there are some."""
     assert sum(map(narrow, of(kernels, "odd"))) > len(PATTERNS)
+
+
+def test_a_few_rows_are_read_before_anything_waits(kernels: Kernels) -> None:
+    """Of many rows, weights are read behind the reduction: others of a multiprocessor's programs hide that."""
+    ahead = [kernel for kernel in of(kernels, "aligned") if kernel["variant"].startswith("ahead")]
+    assert {"rms_norm", "layer_norm", "softmax"} <= {kernel["name"] for kernel in ahead}
+    picked = ("embedded", "scaled_by_choice")  # what is read depends on what was read, and on a check of it
+    assert not [kernel for kernel in ahead if kernel["late"] and kernel["name"] not in picked]
+    resident = [kernel for kernel in of(kernels, "many") if kernel["variant"].startswith("resident")]
+    assert [kernel for kernel in resident if kernel["name"] == "layer_norm" and kernel["late"]]
+
+
+def test_a_softmax_divides_once_a_row(kernels: Kernels) -> None:
+    found = [kernel for kernel in of(kernels, "aligned") if kernel["name"] == "softmax"]
+    assert found
+    assert all(told(kernel, "div.") == 1 for kernel in found)
 
 
 def test_arithmetic_is_eagers(kernels: Kernels) -> None:
