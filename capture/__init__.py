@@ -7,12 +7,14 @@ from .mark import mark_multi_stream_moe_shared_experts
 from .options import Options
 from .proof import Report, verify
 from .schedule import insert_regions
+from .switches import adopt_switches
 
 __all__ = [
     "CapturedGraph",
     "CompiledModel",
     "Options",
     "Report",
+    "adopt_switches",
     "compile",
     "find_branches",
     "graph",

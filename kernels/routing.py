@@ -1,26 +1,33 @@
 """Where a mixture of experts routes: products with weights, selections, and the experts they reach.
 
 Enters: a graph's dataflow. Leaves: `Weights` (which nodes consume weights) and `Routing`s (where it is decided which
-experts see a token, and the first op over stacked weights that decision reaches). Structure alone, no op names.
+experts see a token, and the first op over stacked weights that decision reaches). Structure alone, except for ops that
+hide their weights: those are known by name.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from .dataflow import Dataflow, positions
 
 _NO_EXPERTS: Final = ("aten", "auxstream_fused")
 """Namespaces whose ops are no mixture of experts, whatever weights they read: the second holds fused row kernels."""
+EXPERT_OPS: Final = ("auto_deploy::*moe*", "sglang::*fused_experts*", "vllm::*fused_experts*", "vllm::moe_forward*")
+"""Ops that are a mixture of experts whatever they are given: weights one by one, or found by a layer's name."""
+_ROUTERS: Final = ("*router*",)
+EXPERTS = "auxstream_experts"
+"""Key of a node's `meta`: its op is a mixture of experts, on somebody's word (see `mark_experts`)."""
 MARKED = "auxstream_marked"
 """Key of `gm.meta`: the marker has seen this graph."""
 
@@ -34,7 +41,7 @@ class Weights:
     stacked: int
     """Where activations meet a weight of three or more dimensions, as experts are stored, or a part picked from it."""
     opaque: int
-    """Ops from outside ATen that consume two or more stacked weights: a fused mixture of experts."""
+    """A fused mixture of experts: ops from outside ATen that consume two or more stacked weights, or known by name."""
 
     @staticmethod
     def of(flow: Dataflow) -> Weights:
@@ -55,9 +62,27 @@ class Weights:
             if not pointwise and (experts or any(a in picked for a in node.all_input_nodes)):
                 stacked |= 1 << position
             known = isinstance(node.target, OpOverload) and node.target.namespace in _NO_EXPERTS
-            if not known and len({flow.storages[a] for a in experts}) >= 2:
+            if not known and (len({flow.storages[a] for a in experts}) >= 2 or _is_expert_op(node)):
                 opaque |= 1 << position
         return Weights(products, stacked, opaque)
+
+
+def mark_experts(gm: GraphModule, globs: Sequence[str]) -> None:
+    """Say of the ops whose `namespace::name` matches one of `globs` that they are a whole mixture of experts."""
+    for node in gm.graph.nodes:
+        if isinstance(node.target, OpOverload) and _matches(node.target, globs):
+            node.meta[EXPERTS] = True
+
+
+def _is_expert_op(node: Node) -> bool:
+    if node.meta.get(EXPERTS):
+        return True
+    op = node.target
+    return isinstance(op, OpOverload) and _matches(op, EXPERT_OPS) and not _matches(op, _ROUTERS)
+
+
+def _matches(op: OpOverload, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(op._schema.name, glob) for glob in globs)
 
 
 @dataclass(frozen=True, slots=True)
