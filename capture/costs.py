@@ -111,6 +111,8 @@ def _flops(flow: Dataflow, node: Node) -> int:
     if "scaled_dot_product" in name and len(values) > 2 and all(v is not None and v.dim() == 4 for v in values[:3]):
         query, key, value = (v.shape for v in values[:3] if v is not None)
         return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+    if name == "einsum":
+        return _einsum(node)
     if not _is_product(node):
         return 0
     total = 0
@@ -122,11 +124,21 @@ def _flops(flow: Dataflow, node: Node) -> int:
     return total
 
 
+def _einsum(node: Node) -> int:
+    """Every combination of indices is one multiply and add, if two tensors meet."""
+    equation, tensors = node.args[0], node.all_input_nodes
+    terms = str(equation).replace(" ", "").split("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for term, tensor in zip(terms, tensors, strict=False):
+        sizes.update(zip(term, tensor.meta["val"].shape, strict=False))
+    return 2 * math.prod(sizes.values()) if len(terms) == len(tensors) == 2 and "." not in sizes else 0
+
+
 def _is_product(node: Node) -> bool:
     """A product by name, or an op of others, which may be one."""
     target = node.target
     if isinstance(target, OpOverload) and target.namespace in ("aten", _FUSED):
-        return _name(node) in _FIRST_FACTOR
+        return _name(node) in (*_FIRST_FACTOR, "einsum")
     return isinstance(target, OpOverload)
 
 

@@ -8,19 +8,20 @@ router, a mask beside projections) are found too and not listed.
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
-from auxstream.capture.branches import BranchPair
-from auxstream.capture.trace import TracedGraph, trace
+from auxstream.capture.trace import trace
 
 transformers = pytest.importorskip("transformers")
 from auxstream.capture.huggingface import DecodeStep, build, gemma4_config  # noqa: E402
@@ -368,10 +369,15 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 @functools.cache
-def traced(name: str) -> tuple[DecodeStep, TracedGraph]:
-    """The decode step, and its graph: shared by the tests of a process, so copy it before changing it."""
+def traced(name: str) -> tuple[DecodeStep, GraphModule]:
+    """The decode step, and its graph: shared by the tests of a process, so change a `copied` one."""
     step = DecodeStep(ARCHITECTURES[name].model(), batch=BATCH, context=CONTEXT)
-    return step, trace(step, (torch.zeros(BATCH, 1, dtype=torch.int64), torch.tensor([3, 5])))
+    return step, trace(step, (torch.zeros(BATCH, 1, dtype=torch.int64), torch.tensor([3, 5]))).graph_module
+
+
+def copied(gm: GraphModule) -> GraphModule:
+    """Another graph over the same weights and caches."""
+    return GraphModule(gm, copy.deepcopy(gm.graph))
 
 
 def matrices(gm: nn.Module, nodes: tuple[Node, ...]) -> set[str]:
@@ -384,30 +390,23 @@ def matrices(gm: nn.Module, nodes: tuple[Node, ...]) -> set[str]:
         if node in inside or node in seen:
             continue
         seen.add(node)
-        if node.op == "get_attr" and node.target in _parameters(gm):
+        if node.op == "get_attr" and node.meta["val"].dim() > 1 and _is_constant(gm, node):
             found.add(str(node.target))
         elif _is_constant(gm, node):
             pending += node.all_input_nodes
     return found
 
 
-def _parameters(gm: nn.Module) -> set[str]:
-    return {name for name, p in gm.named_parameters(remove_duplicate=False) if p.dim() > 1}
-
-
 def _is_constant(gm: nn.Module, node: Node) -> bool:
     if node.op == "get_attr":
-        return node.target in dict(gm.named_parameters(remove_duplicate=False))
-    return (
-        node.op == "call_function"
-        and bool(node.all_input_nodes)
-        and all(_is_constant(gm, a) for a in node.all_input_nodes)
-    )
+        return isinstance(attrgetter(str(node.target))(gm), nn.Parameter)
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and bool(inputs) and all(_is_constant(gm, a) for a in inputs)
 
 
 def parts(gm: nn.Module, names: set[str]) -> set[str]:
     """Modules that together have exactly the matrices `names`, as few as can be."""
-    everything = _parameters(gm)
+    everything = [name for name, p in gm.named_parameters(remove_duplicate=False) if p.dim() > 1]
     found = set[str]()
     for name in names:
         path = name.removesuffix(".weight").split(".")
@@ -420,22 +419,22 @@ def parts(gm: nn.Module, names: set[str]) -> set[str]:
     return found
 
 
-def line(where: str, sides: frozenset[frozenset[str]]) -> str:
+def _line(where: str, sides: frozenset[frozenset[str]]) -> str:
     return f"{where}: {' | '.join(sorted(' + '.join(sorted(side)) for side in sides))}"
 
 
-def described(gm: nn.Module, pair: BranchPair) -> str | None:
-    """A pair as a line of the tables, normalised; None where a side has no matrix."""
-    sides = [parts(gm, matrices(gm, side)) for side in pair.sides]
-    if not all(sides):
+def described(gm: nn.Module, sides: Iterable[tuple[Node, ...]]) -> str | None:
+    """Two branches as a line of the tables, normalised; None where one of them has no matrix."""
+    named = [parts(gm, matrices(gm, side)) for side in sides]
+    if not all(named):
         return None
-    paths = [name.split(".") for side in sides for name in side]
+    paths = [name.split(".") for side in named for name in side]
     common = 0
     while len({tuple(path[: common + 1]) for path in paths}) == 1 and all(len(path) > common + 1 for path in paths):
         common += 1
-    where = ".".join(paths[0][:common])
-    where = where[where.find("layers") :] if "layers" in where else where
-    return line(where, frozenset(frozenset(".".join(n.split(".")[common:]) for n in side) for side in sides))
+    shared = paths[0][:common]
+    where = ".".join(shared[shared.index("layers") :] if "layers" in shared else shared)
+    return _line(where, frozenset(frozenset(".".join(n.split(".")[common:]) for n in side) for side in named))
 
 
 def expected(table: str) -> list[str]:
@@ -443,5 +442,7 @@ def expected(table: str) -> list[str]:
     found: list[str] = []
     for text in table.strip().splitlines():
         where, _, sides = text.strip().partition(" ")
-        found.append(line(where, frozenset(frozenset(n.strip() for n in side.split("+")) for side in sides.split("|"))))
+        found.append(
+            _line(where, frozenset(frozenset(n.strip() for n in side.split("+")) for side in sides.split("|")))
+        )
     return sorted(found)
