@@ -1,6 +1,6 @@
 """Evidence about a captured CUDA graph: its own nodes and edges, and what each node touches.
 
-Enters: the program recorded beside the capture, the graph read back, whose op each node is, the allocator's history,
+Enters: the program recorded beside the capture, the graph read back, when each node appeared, the allocator's history,
 and the Triton kernels launched. Leaves: `Evidence` at the level of nodes. What a node touches comes from three sources
 that check one another:
 - its op's schema, and what Triton's own IR says a kernel stores to;
@@ -27,7 +27,7 @@ import torch
 
 from ..kernels.triton_accesses import TritonAccesses
 from .evidence import Evidence, Node, Touch, span, touches
-from .history import Memory
+from .history import Block, Memory, after, during
 from .inspect import DeviceGraph, DeviceNode
 from .program import Buffer, Op, Program, TensorRef
 from .record import HOST, OWN_NAMESPACES
@@ -36,6 +36,7 @@ ALWAYS: Final = (
     "memory reached through addresses in device memory, tensor-map descriptors or host callbacks is not seen"
 )
 EARLY: Final = "kernels of torch's own ops that start early (programmatic edges) wait before they touch memory"
+LOST: Final = "memory that ops take and free inside themselves: torch's memory history was lost in mid-capture"
 MOST_LISTED: Final = 12
 _WORKING: Final = frozenset({"kernel", "memcpy", "memset", "host", "batch memop"})
 
@@ -47,18 +48,18 @@ class Launches(Protocol):
 
 
 def from_capture(
-    program: Program, graph: DeviceGraph, owners: Mapping[int, int | None], memory: Memory, launches: Launches
+    program: Program, graph: DeviceGraph, moments: Mapping[int, int], memory: Memory, launches: Launches
 ) -> Evidence:
     """The evidence of one captured graph.
 
     Args:
         program: recorded while it was captured.
         graph: read back from it.
-        owners: per node handle the step of `program` that made it, in the order they appeared; None: no op did.
+        moments: per node handle when it appeared (capture/history.py, note "moments"), in that order.
         memory: the allocator's history of the capture.
         launches: the Triton kernels launched in it.
     """
-    return _Attribution(program, graph, owners, memory, launches).evidence()
+    return _Attribution(program, graph, moments, memory, launches).evidence()
 
 
 class _Attribution:
@@ -66,12 +67,12 @@ class _Attribution:
         self,
         program: Program,
         graph: DeviceGraph,
-        owners: Mapping[int, int | None],
+        moments: Mapping[int, int],
         memory: Memory,
         launches: Launches,
     ) -> None:
         self._program, self._graph, self._memory, self._launches = program, graph, memory, launches
-        self._owners = owners
+        self._moments = moments
         self._buffers = list(program.buffers)
         self._extra: dict[tuple[int, int], int] = {}  # (address, bytes) of memory that is no tensor -> buffer
         outside = [(b.address, b.nbytes, n) for n, b in enumerate(program.buffers) if b.stream is None and b.nbytes]
@@ -79,10 +80,12 @@ class _Attribution:
         self._unattributed: Counter[str] = Counter(f"cannot be read back: {what}" for what in graph.unreadable)
         self._stale: Counter[str] = Counter()
         self._noted: Counter[str] = Counter()
+        if not memory.whole:
+            self._unattributed[LOST] += 1
 
     def evidence(self) -> Evidence:
         """Nodes in the order they were enqueued, the host's own steps first."""
-        ranks = {handle: rank for rank, handle in enumerate(self._owners)}
+        ranks = {handle: rank for rank, handle in enumerate(self._moments)}
         order = sorted(range(len(self._graph.nodes)), key=lambda n: ranks.get(self._graph.nodes[n].handle, len(ranks)))
         host = [i for i, step in enumerate(self._program.steps) if isinstance(step, Op) and step.stream == HOST]
         place = {node: len(host) + position for position, node in enumerate(order)}
@@ -93,8 +96,7 @@ class _Attribution:
         edges = [(place[a], place[b]) for a, b in self._ordering]
         edges += [(i, i + 1) for i in range(len(host) - 1)]
         for n in order:  # what the host did before it enqueued a node, it did before the node runs
-            owner = self._owners.get(self._graph.nodes[n].handle)
-            earlier = bisect_right(host, owner) if owner is not None else 0
+            earlier = bisect_right(host, self._moments.get(self._graph.nodes[n].handle, after(-1)) // 2)
             if earlier:
                 edges.append((earlier - 1, place[n]))
         assumptions = [ALWAYS, *_listed(self._noted), *_listed(self._stale)]
@@ -108,7 +110,7 @@ class _Attribution:
         trusted: list[tuple[int, int]] = []
         for a, b in self._graph.unordered:
             node = self._graph.nodes[b]
-            op = self._op(self._owners.get(node.handle))
+            op = self._op(self._moment(node))
             if op is not None and op.func.namespace in OWN_NAMESPACES and self._launches.of(node.function) is None:
                 trusted.append((a, b))
         if trusted:
@@ -118,35 +120,38 @@ class _Attribution:
     # -- one node ------------------------------------------------------------------------------------------------
 
     def _host_node(self, index: int) -> Node:
-        op = self._op(index)
+        op = self._op(during(index))
         assert op is not None
         return Node(op.name, "host", op.region, op.line, touches(op))
 
-    def _op(self, index: int | None) -> Op | None:
-        step = None if index is None else self._program.steps[index]
+    def _moment(self, node: DeviceNode) -> int:
+        """When it appeared; one that nobody saw, at the end."""
+        return self._moments.get(node.handle, after(len(self._program.steps)))
+
+    def _op(self, moment: int) -> Op | None:
+        """The op that ran then."""
+        step = self._program.steps[moment // 2] if moment % 2 == 0 else None
         return step if isinstance(step, Op) else None
 
     def _node(self, number: int, node: DeviceNode, carries: bool, pointers: Sequence[int]) -> Node:
-        owner = self._owners.get(node.handle)
-        op = self._op(owner)
-        step = len(self._program.steps) if owner is None else owner
+        moment = self._moment(node)
+        op = self._op(moment)
         kernel = node.name if node.kind == "kernel" else node.kind
         triton = self._launches.of(node.function) if node.function else None
         found: dict[Touch, None] = {}
         if op is not None and carries:
             found.update(dict.fromkeys(touches(op)))
-            for block in self._memory.by_step.get(step, ()):
-                if block.address not in self._fresh(op):
-                    found[self._whole(block.address, block.nbytes, f"scratch of {op.name}"), True] = None
+            for block in self._scratch(op, moment // 2):
+                found[self._whole(block.address, block.nbytes, f"scratch of {op.name}"), True] = None
         declared = self._declared(op)
         for access in node.accesses:
-            self._exact(found, declared, access.start, access.stop, access.writes, step)
+            self._exact(found, declared, access.start, access.stop, access.writes, moment)
         explained = node.kind in ("memcpy", "memset") and bool(node.accesses)
         if triton is not None:
             explained = True
-            self._triton(found, declared, node, triton, op, step)
+            self._triton(found, declared, node, triton, op, moment)
         elif node.kind == "kernel":
-            self._words(found, declared, pointers, node, op, step)
+            self._words(found, declared, pointers, node, op, moment)
         if op is None and node.kind in _WORKING and not explained:
             self._unattributed[f"{node.kind} `{_short(kernel)}`: no recorded op launched it"] += 1
         if op is None:
@@ -163,14 +168,14 @@ class _Attribution:
         start: int,
         stop: int,
         writes: bool,
-        step: int,
+        moment: int,
     ) -> None:
         """Bytes that the node itself names."""
         for ref, written in declared:
-            base = self._buffers[ref.buffer].address
-            if (written or not writes) and base <= start and stop <= base + self._buffers[ref.buffer].nbytes:
+            hull = ref.extent(self._buffers[ref.buffer].address)
+            if (written or not writes) and hull.start <= start and stop <= hull.stop:
                 return
-        found[self._bytes(start, stop, step), writes] = None
+        found[self._bytes(start, stop, moment), writes] = None
 
     def _triton(
         self,
@@ -179,7 +184,7 @@ class _Attribution:
         node: DeviceNode,
         kernel: TritonAccesses,
         op: Op | None,
-        step: int,
+        moment: int,
     ) -> None:
         """What Triton's IR says the kernel does with each pointer it was given."""
         for what in kernel.assumed:
@@ -191,9 +196,9 @@ class _Attribution:
             address = int.from_bytes(node.parameters[parameter.position][:8], "little")
             if not address or not (parameter.reads or parameter.writes):
                 continue
-            own = [touch for touch in declared if self._holds(touch[0].buffer, address)]
+            own = self._declared_at(declared, address)
             if not own:
-                found[self._around(address, step), parameter.writes] = None
+                found[self._around(address, moment), parameter.writes] = None
             elif parameter.writes and not any(writes for _, writes in own):
                 found.update(dict.fromkeys((ref, True) for ref, _ in own))
                 label = self._buffers[own[0][0].buffer].label
@@ -209,7 +214,7 @@ class _Attribution:
         pointers: Sequence[int],
         node: DeviceNode,
         op: Op | None,
-        step: int,
+        moment: int,
     ) -> None:
         """Words of the arguments that are addresses of something the op did not declare."""
         for address in pointers:
@@ -218,16 +223,16 @@ class _Attribution:
             if any(self._holds(ref.buffer, address) for ref, _ in found):
                 continue
             if op is None:
-                found[self._around(address, step), True] = None
+                found[self._around(address, moment), True] = None
                 continue
-            tensor = self._tensor_at(address, step)
+            tensor = self._tensor_at(address, moment)
             if tensor is not None:
                 label = self._buffers[tensor].label
                 self._stale[
                     f"`{op.name}` ({_short(node.name)}) holds an address in `{label}`, taken for a leftover"
                 ] += 1
                 continue
-            block = self._memory.at(address, step)
+            block = self._memory.at(address, moment)
             place = (block.address, block.nbytes) if block is not None else self._memory.older(address)
             if place is None:
                 continue  # memory that is free: a leftover
@@ -241,8 +246,22 @@ class _Attribution:
     def _declared(self, op: Op | None) -> tuple[Touch, ...]:
         return () if op is None else touches(op)
 
-    def _fresh(self, op: Op) -> set[int]:
-        return {self._buffers[ref.buffer].address for ref in op.fresh if ref is not None}
+    def _scratch(self, op: Op, step: int) -> list[Block]:
+        """What an op was handed while it ran, but for the tensors it returns."""
+        first = step
+        while first and not isinstance(self._program.steps[first - 1], Op):
+            first -= 1  # a custom op with regions inside it began before their steps
+        taken = [block for n in range(first, step + 1) for block in self._memory.born_at.get(during(n), ())]
+        fresh = {self._buffers[ref.buffer].address for ref in op.fresh if ref is not None}
+        # A tensor may lie where scratch was: the last block there is the tensor's.
+        returned = {block.address: block for block in taken if block.address in fresh}
+        return [block for block in taken if returned.get(block.address) is not block]
+
+    def _declared_at(self, declared: Sequence[Touch], address: int) -> list[Touch]:
+        """What is declared at an address; if nothing is, what is anywhere in the buffer there."""
+        own = [touch for touch in declared if self._holds(touch[0].buffer, address)]
+        hulls = [(touch, touch[0].extent(self._buffers[touch[0].buffer].address)) for touch in own]
+        return [touch for touch, hull in hulls if hull.start <= address < hull.stop] or own
 
     def _holds(self, buffer: int, address: int) -> bool:
         found = self._buffers[buffer]
@@ -256,40 +275,40 @@ class _Attribution:
             self._buffers.append(Buffer(address, nbytes, None, label))
         return span(number, 0, nbytes)
 
-    def _tensor_at(self, address: int, step: int) -> int | None:
-        """The program's buffer that holds `address` while `step` runs."""
+    def _tensor_at(self, address: int, moment: int) -> int | None:
+        """The program's buffer that holds `address` at that moment."""
         index = bisect_right(self._outside, (address, 1 << 62, 0)) - 1
         if index >= 0 and address < self._outside[index][0] + self._outside[index][1]:
             return self._outside[index][2]
-        block = self._memory.at(address, step)
+        block = self._memory.at(address, moment)
         if block is None:
             return None
         return self._born.get((block.address, block.born))
 
     @cached_property
     def _born(self) -> dict[tuple[int, int], int]:
-        """(address, step) -> the buffer that an op allocated there."""
+        """(address, moment) -> the buffer that an op allocated there."""
         return {
-            (self._buffers[ref.buffer].address, index): ref.buffer
+            (self._buffers[ref.buffer].address, during(index)): ref.buffer
             for index, step in enumerate(self._program.steps)
             if isinstance(step, Op)
             for ref in step.fresh
             if ref is not None
         }
 
-    def _around(self, address: int, step: int) -> TensorRef:
+    def _around(self, address: int, moment: int) -> TensorRef:
         """All of the allocation that holds `address`."""
-        tensor = self._tensor_at(address, step)
+        tensor = self._tensor_at(address, moment)
         if tensor is not None:
             return span(tensor, 0, self._buffers[tensor].nbytes)
-        block = self._memory.at(address, step)
+        block = self._memory.at(address, moment)
         place = (block.address, block.nbytes) if block is not None else self._memory.older(address)
         if place is not None:
             return self._whole(*place, "memory of no recorded tensor")
         return self._whole(address, 1, "memory torch did not allocate")
 
-    def _bytes(self, start: int, stop: int, step: int) -> TensorRef:
-        tensor = self._tensor_at(start, step)
+    def _bytes(self, start: int, stop: int, moment: int) -> TensorRef:
+        tensor = self._tensor_at(start, moment)
         if tensor is not None and self._holds(tensor, stop - 1):
             base = self._buffers[tensor].address
             return span(tensor, start - base, stop - base)
@@ -318,15 +337,15 @@ class _Attribution:
 
     def _carriers(self) -> set[int]:
         """Nodes that stand for their op's schema: the first and last of a chain, else all of the op's nodes."""
-        by_step: dict[int, list[int]] = {}
+        by_op: dict[int, list[int]] = {}
         for n, node in enumerate(self._graph.nodes):
-            owner = self._owners.get(node.handle)
-            if owner is not None and node.kind in (*_WORKING, "conditional"):
-                by_step.setdefault(owner, []).append(n)
+            moment = self._moment(node)
+            if self._op(moment) is not None and node.kind in (*_WORKING, "conditional"):
+                by_op.setdefault(moment, []).append(n)
         edges = set(self._ordering)
-        ranks = {handle: rank for rank, handle in enumerate(self._owners)}
+        ranks = {handle: rank for rank, handle in enumerate(self._moments)}
         carriers: set[int] = set()
-        for members in by_step.values():
+        for members in by_op.values():
             members.sort(key=lambda n: ranks[self._graph.nodes[n].handle])
             chain = all(pair in edges for pair in itertools.pairwise(members))
             carriers.update((members[0], members[-1]) if chain else members)

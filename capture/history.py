@@ -1,64 +1,89 @@
 """What the caching allocator did during a capture: memory that ops took and freed inside themselves, and all the rest.
 
-Enters: a capture, and a stamp before each op. Leaves: `Memory`: every block handed out, with the steps it lived from
-and to. Invariant: torch's own memory history is as it was before, on or off.
+Enters: a capture, and a stamp before and after each op. Leaves: `Memory`: every block handed out, and the moments it
+lived from and to. Invariant: torch's own memory history is as it was before, on or off; one that does not reach back to
+the beginning of the capture is not taken for whole.
+
+Note "moments". A moment is a number: 2n while step n of the program runs, 2n + 1 from its end to the next step. What is
+handed out then is no op's own.
+
+Note "whose events". All threads share torch's history, and each event bears the stamp that its thread set last. Those
+of other captures and of threads without one count by their place among ours.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-_MOST_EVENTS = 1_000_000
+_MOST_EVENTS: Final = 1_000_000
+_BEGIN: Final = "begin"
+_numbers: Final = itertools.count()
+
+
+def during(step: int) -> int:
+    """The moment at which a step runs."""
+    return 2 * step
+
+
+def after(step: int) -> int:
+    """The moment between a step and the next; of step -1: before the first one."""
+    return 2 * step + 1
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Memory handed out at step `born`, and given back at step `freed` (None: it outlived the capture)."""
+    """Memory handed out at moment `born`, and given back at moment `freed` (None: it outlived the capture)."""
 
     address: int
     nbytes: int
     born: int
     freed: int | None
 
-    def holds(self, address: int, step: int) -> bool:
-        """Whether `address` lies in it while `step` runs."""
+    def holds(self, address: int, moment: int) -> bool:
+        """Whether `address` lies in it at that moment."""
         inside = self.address <= address < self.address + self.nbytes
-        return inside and self.born <= step and (self.freed is None or step <= self.freed)
+        return inside and self.born <= moment and (self.freed is None or moment <= self.freed)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """`blocks`: handed out during the capture, in that order. `before`: (address, bytes) of blocks in use that are
-    older. `segments`: (address, bytes) of all memory the allocator holds. Each of the two sorted."""
+    """`blocks`: handed out during the capture, in that order. `before`: (address, bytes) of older blocks, in use at
+    some time. `segments`: (address, bytes) of all memory the allocator holds. Both sorted. `whole`: nothing that was
+    handed out is missing."""
 
     blocks: tuple[Block, ...] = ()
     before: tuple[tuple[int, int], ...] = ()
     segments: tuple[tuple[int, int], ...] = ()
-    by_step: dict[int, list[Block]] = field(default_factory=dict, compare=False)
+    whole: bool = True
+    born_at: dict[int, list[Block]] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for block in self.blocks:
-            self.by_step.setdefault(block.born, []).append(block)
+            self.born_at.setdefault(block.born, []).append(block)
 
     @cached_property
     def _by_address(self) -> tuple[list[int], list[Block], int]:
         blocks = sorted(self.blocks, key=lambda block: block.address)
         return [block.address for block in blocks], blocks, max((block.nbytes for block in blocks), default=0)
 
-    def at(self, address: int, step: int) -> Block | None:
-        """The block of the capture that holds `address` while `step` runs."""
+    def at(self, address: int, moment: int) -> Block | None:
+        """The block of the capture that holds `address` then; of several in one moment, the largest."""
         starts, blocks, longest = self._by_address
+        found: Block | None = None
         index = bisect_right(starts, address) - 1
         while index >= 0 and starts[index] + longest > address:
-            if blocks[index].holds(address, step):
-                return blocks[index]
+            block = blocks[index]
+            if block.holds(address, moment) and (found is None or block.nbytes > found.nbytes):
+                found = block
             index -= 1
-        return None
+        return found
 
     def older(self, address: int) -> tuple[int, int] | None:
         """The block from before the capture that holds `address`."""
@@ -68,64 +93,105 @@ class Memory:
         return None
 
 
+class _Switch:
+    """torch's memory history, on while any capture listens. The last one to leave puts it back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._listeners = 0
+        self._was_on = False
+
+    def on(self) -> None:
+        with self._lock:
+            if not self._listeners:
+                self._was_on = bool(torch._C._cuda_isHistoryEnabled())
+                if not self._was_on:
+                    torch.cuda.memory._record_memory_history("all", context=None, max_entries=_MOST_EVENTS)
+            self._listeners += 1
+
+    def off(self) -> None:
+        with self._lock:
+            self._listeners -= 1
+            if not self._listeners and not self._was_on:
+                torch.cuda.memory._record_memory_history(None)
+
+
+_switch: Final = _Switch()
+
+
 class AllocatorHistory:
-    """torch's memory history, on in a `with` block around a capture."""
+    """torch's memory history of one capture, in a `with` block around it on the capturing thread."""
 
     def __init__(self, device: int) -> None:
         self._device = device
-        self._was_on = False
-        self._start = 0
+        self._prefix = f"auxstream {next(_numbers)}: "
+        self._outer_stamp = ""
 
     def __enter__(self) -> AllocatorHistory:
-        self._was_on = bool(torch._C._cuda_isHistoryEnabled())
-        if self._was_on:
-            self._start = len(self._snapshot()["device_traces"][self._device])
-        else:
-            torch.cuda.memory._record_memory_history("all", context=None, max_entries=_MOST_EVENTS)
-        self.stamp(-1)
+        _switch.on()
+        try:
+            with torch.cuda.device(self._device):
+                self._outer_stamp = torch._C._cuda_getMemoryMetadata()
+                torch._C._cuda_setMemoryMetadata(f"{self._prefix}{_BEGIN}")
+                # A block of its own is the first event: while that is there, so is all that came after it.
+                torch.cuda.caching_allocator_delete(torch.cuda.caching_allocator_alloc(1))
+                self.stamp(after(-1))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        torch._C._cuda_setMemoryMetadata("")
-        if not self._was_on:
-            torch.cuda.memory._record_memory_history(None)
+        with torch.cuda.device(self._device):
+            torch._C._cuda_setMemoryMetadata(self._outer_stamp)
+        _switch.off()
 
-    def stamp(self, step: int) -> None:
-        """What is handed out from now on is step `step`'s."""
-        torch._C._cuda_setMemoryMetadata(str(step))
+    def stamp(self, moment: int) -> None:
+        """What this thread is handed from now on, it is handed then."""
+        torch._C._cuda_setMemoryMetadata(f"{self._prefix}{moment}")
 
     def read(self) -> Memory:
         """What happened so far."""
-        return memory_of(self._snapshot(), self._device, self._start)
-
-    def _snapshot(self) -> dict[str, Any]:
-        return torch.cuda.memory._snapshot(self._device)
+        snapshot: Any = torch.cuda.memory._snapshot(self._device)
+        return memory_of(snapshot, self._device, self._prefix)
 
 
-def memory_of(snapshot: dict[str, Any], device: int, start: int = 0) -> Memory:
-    """The blocks of a `torch.cuda.memory._snapshot`, from event `start` on, whose events bear step numbers."""
+def memory_of(snapshot: dict[str, Any], device: int, prefix: str) -> Memory:
+    """The blocks of a `torch.cuda.memory._snapshot`, by events whose stamps are `prefix` and a moment."""
+    events = snapshot["device_traces"][device]
+    begin = f"{prefix}{_BEGIN}"
+    first = next((n for n, event in enumerate(events) if event.get("user_metadata") == begin), None)
+    now = after(-1)
     open_blocks: dict[int, int] = {}
     blocks: list[Block] = []
-    for event in snapshot["device_traces"][device][start:]:
+    freed_before: set[tuple[int, int]] = set()
+    for event in events[0 if first is None else first :]:
+        told = _moment(event.get("user_metadata", ""), prefix)
+        now = now if told is None else max(now, told)
         if event["action"] == "alloc":
             open_blocks[event["addr"]] = len(blocks)
-            blocks.append(Block(event["addr"], event["size"], _step(event), None))
+            blocks.append(Block(event["addr"], event["size"], now if told == now else now | 1, None))
         elif event["action"] == "free_requested" and event["addr"] in open_blocks:
             index = open_blocks.pop(event["addr"])
             old = blocks[index]
-            blocks[index] = Block(old.address, old.nbytes, old.born, max(old.born, _step(event)))
+            blocks[index] = Block(old.address, old.nbytes, old.born, max(old.born, now))
+        elif event["action"] == "free_requested":
+            freed_before.add((event["addr"], event["size"]))
     fresh = {block.address for block in blocks if block.freed is None}
     segments = [segment for segment in snapshot["segments"] if segment["device"] == device]
     before = sorted(
-        (block["address"], block["size"])
-        for segment in segments
-        for block in segment["blocks"]
-        if block["state"] == "active_allocated" and block["address"] not in fresh
+        freed_before.union(
+            (block["address"], block["size"])
+            for segment in segments
+            for block in segment["blocks"]
+            if block["state"] == "active_allocated" and block["address"] not in fresh
+        )
     )
     spans = sorted((segment["address"], segment["total_size"]) for segment in segments)
-    return Memory(tuple(blocks), tuple(before), tuple(spans))
+    return Memory(tuple(blocks), tuple(before), tuple(spans), first is not None)
 
 
-def _step(event: dict[str, Any]) -> int:
-    text = event.get("user_metadata", "")
-    return int(text) if text.lstrip("-").isdigit() else -1
+def _moment(stamp: str, prefix: str) -> int | None:
+    """None for the stamps of others."""
+    text = stamp.removeprefix(prefix)
+    return int(text) if text != stamp and text.lstrip("-").isdigit() else None

@@ -6,6 +6,7 @@ tests/end_to_end/test_gpu_proof.py capture real ones.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from auxstream.capture.device_evidence import from_capture
 from auxstream.capture.hazards import Access
-from auxstream.capture.history import Block, Memory, memory_of
+from auxstream.capture.history import Block, Memory, after, during, memory_of
 from auxstream.capture.inspect import DeviceGraph, DeviceNode
 from auxstream.capture.program import Buffer, Op, Program, TensorRef
 from auxstream.capture.proof import verify
@@ -71,20 +72,34 @@ def graph(
 
 MULTIPLY = op(MAIN, aten.mul.Tensor, (0,), (1,))
 ADD = op(AUX, aten.add.Tensor, (1,), (2,))
-BLOCKS = (Block(A, SIZE, 0, None), Block(B, SIZE, 1, None))
-OWNERS = {101: 0, 102: 1}
+
+
+def block(address: int, nbytes: int, step: int, freed: int | None) -> Block:
+    """Handed out while `step` ran, and freed after it or a later one."""
+    return Block(address, nbytes, during(step), None if freed is None else after(freed))
+
+
+BLOCKS = (block(A, SIZE, 0, None), block(B, SIZE, 1, None))
+OWNERS: dict[int, int | None] = {101: 0, 102: 1}
 
 
 def report(
     device: DeviceGraph,
     ops: tuple[Op, ...] = (MULTIPLY, ADD),
-    owners: dict[int, int | None] = OWNERS,  # type: ignore[assignment]
+    owners: dict[int, int | None] = OWNERS,
     blocks: tuple[Block, ...] = BLOCKS,
     before: tuple[tuple[int, int], ...] = (),
     triton: Any = None,
+    whole: bool = True,
 ) -> Any:
-    memory = Memory(blocks, before, SEGMENTS)
-    return verify(from_capture(program(*ops), device, owners, memory, triton or NoTriton()))
+    """`owners`: per node the step that made it, in that order; None: it appeared after the step before."""
+    memory = Memory(blocks, before, SEGMENTS, whole)
+    moments: dict[int, int] = {}
+    last = -1
+    for handle, step in owners.items():
+        last = last if step is None else step
+        moments[handle] = after(last) if step is None else during(step)
+    return verify(from_capture(program(*ops), device, moments, memory, triton or NoTriton()))
 
 
 def kinds(found: Any) -> list[tuple[str, str, str]]:
@@ -135,7 +150,7 @@ def test_scratch_of_an_op_is_seen() -> None:
     sort = op(MAIN, aten.neg.default, (0,), ())
     nodes = (kernel(101, OUTSIDE, A), kernel(102, A, B), kernel(103, OUTSIDE, A))
     owners = {101: 0, 102: 1, 103: 2}
-    blocks = (Block(A, SIZE, 0, 1), Block(B, SIZE, 1, None), Block(A, SIZE, 2, 2))
+    blocks = (block(A, SIZE, 0, 1), block(B, SIZE, 1, None), block(A, SIZE, 2, 2))
     device = graph(*nodes, edges=((0, 1), (0, 2)))
     found = report(device, (MULTIPLY, ADD, sort), owners, blocks)
     assert kinds(found) == [("add.Tensor", "neg.default", "mul")]
@@ -143,12 +158,34 @@ def test_scratch_of_an_op_is_seen() -> None:
     assert report(device, (MULTIPLY, ADD, sort), owners, blocks[:2]).ok  # without the history nobody knows
 
 
+def test_scratch_that_the_result_came_to_lie_on_is_seen_whole() -> None:
+    """A sort takes 8 KiB, gives them back, and returns a tensor that lies in their first bytes."""
+    sort, beside = op(MAIN, aten.sort.default, (0,), (1,)), op(AUX, aten.add.Tensor, (0,), (2,))
+    nodes = graph(kernel(101, OUTSIDE, A), kernel(102, OUTSIDE, B))
+    blocks = (block(A, 0x2000, 0, 0), block(A, SIZE, 0, None), block(B, SIZE, 1, None))
+    assert kinds(report(nodes, (sort, beside), blocks=blocks)) == [
+        ("sort.default", "add.Tensor", "scratch of sort.default")
+    ]
+    assert report(nodes, (sort, beside), blocks=blocks[1:]).ok
+
+
+def test_memory_taken_between_two_ops_is_no_scratch() -> None:
+    """Generated code takes memory without an op: what came before has nothing to do with it."""
+    nodes = graph(kernel(101, OUTSIDE, A), kernel(102, OUTSIDE, B))
+    second = op(AUX, aten.add.Tensor, (0,), (2,))
+    taken = Block(SCRATCH, SIZE, after(0), after(0))
+    for where in (taken, replace(taken, address=B, freed=after(0))):
+        assert report(nodes, (MULTIPLY, second), blocks=(BLOCKS[0], where, BLOCKS[1])).ok
+    inside = replace(taken, address=B, born=during(0))
+    assert report(nodes, (MULTIPLY, second), blocks=(BLOCKS[0], inside, BLOCKS[1])).races
+
+
 @pytest.mark.parametrize("where", ["older", "never freed"])
 def test_a_workspace_that_two_streams_share(where: str) -> None:
     first, second = op(MAIN, aten.mm.default, (0,), (1,)), op(AUX, aten.mm.default, (0,), (2,))
     nodes = (kernel(101, OUTSIDE, A, WORKSPACE), kernel(102, OUTSIDE, B, WORKSPACE + 64))
     older = ((WORKSPACE, 0x1000),) if where == "older" else ()
-    blocks = BLOCKS if older else (Block(WORKSPACE, 0x1000, 0, None), *BLOCKS)
+    blocks = BLOCKS if older else (block(WORKSPACE, 0x1000, 0, None), *BLOCKS)
     found = report(graph(*nodes), (first, second), blocks=blocks, before=older)
     assert [race.nbytes for race in found.races] == [0x1000]
     apart = (kernel(101, OUTSIDE, A, WORKSPACE), kernel(102, OUTSIDE, B))
@@ -229,6 +266,43 @@ def test_a_triton_kernel_outside_of_any_op() -> None:
     assert len(report(graph(*nodes, edges=((0, 1),)), owners=owners, triton=reads_b).races) == 3
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_kernel_between_ops_reads_what_lay_there_when_it_was_launched(ordered: bool) -> None:
+    """`mul`'s block is read by a kernel on the lane, and later handed out again in halves: both must wait for it."""
+    low, high = Buffer(A, SIZE, MAIN, "low"), Buffer(A + SIZE, SIZE, MAIN, "high")
+    buffers = (BUFFERS[0], Buffer(A, 2 * SIZE, MAIN, "mul"), low, high)
+    both = TensorRef(1, 0, (2 * SIZE,), (1,), torch.uint8)
+    makes = [
+        replace(op(MAIN, aten.mul.Tensor, (0,), ()), fresh=(made,), writes=(made,)) for made in (both, ref(2), ref(3))
+    ]
+    recorded = Program(tuple(makes), buffers, {MAIN: "caller", AUX: "lane0"}, 0)
+    blocks = (block(A, 2 * SIZE, 0, 0), block(A, SIZE, 1, None), block(A + SIZE, SIZE, 2, None))
+    moments = {101: during(0), 102: after(0), 103: during(1), 104: during(2)}
+    nodes = (kernel(101), kernel(102, A, function=7), kernel(103), kernel(104))
+    edges = ((0, 1), (1, 2), (2, 3) if ordered else (0, 3))
+    reads = OneTriton(Parameter("y", 0, True, False))
+    found = verify(from_capture(recorded, graph(*nodes, edges=edges), moments, Memory(blocks, (), SEGMENTS), reads))
+    assert found.ok is ordered
+    assert [(race.second.buffer, race.nbytes) for race in found.races] == ([] if ordered else [("high", SIZE)])
+
+
+@pytest.mark.parametrize("kind", ["triton", "memset"])
+def test_a_view_that_is_written_says_nothing_of_its_neighbour(kind: str) -> None:
+    """One buffer: an op declares that it reads the first half and writes the second, and writes the first too."""
+    first, second = (TensorRef(0, start, (SIZE // 2,), (1,), torch.uint8) for start in (0, SIZE // 2))
+    halves = replace(op(AUX, aten.add.Tensor, (), ()), reads=(first,), writes=(second,))
+    beside = replace(op(MAIN, aten.neg.default, (), (1,)), reads=(first,))
+    for lies in (False, True):
+        target = OUTSIDE if lies else OUTSIDE + SIZE // 2
+        if kind == "triton":
+            node = kernel(102, OUTSIDE, OUTSIDE + SIZE // 2, function=7)
+            triton = OneTriton(Parameter("x", 0, True, lies), Parameter("out", 1, False, True))
+        else:
+            node, triton = DeviceNode(102, "memset", "memset", 0, (), (Access(target, target + 64, True),)), None
+        found = report(graph(kernel(101, OUTSIDE, A), node), (beside, halves), triton=triton)
+        assert bool(found.races) is lies, str(found)
+
+
 @pytest.mark.parametrize("lies", [False, True])
 def test_a_triton_kernel_that_writes_what_its_op_declares_it_reads(lies: bool) -> None:
     """Both streams read `x`, so no edge is needed; the kernel on the lane stores to it."""
@@ -264,37 +338,79 @@ def test_the_host_is_ahead_of_what_it_enqueues_later_and_of_nothing_else(first: 
 # --- the allocator's history ------------------------------------------------------------------------------------------
 
 
-def event(action: str, address: int, step: int, size: int = SIZE) -> dict[str, Any]:
-    return {"action": action, "addr": address, "size": size, "stream": 0, "user_metadata": str(step)}
+OURS = "auxstream 7: "
 
 
-def test_reading_a_snapshot() -> None:
-    traces = [
-        event("alloc", A, 0),
-        event("free_requested", A, 3),
-        event("free_completed", A, 3),
-        event("alloc", A, 4, 1024),
-        event("alloc", B, 5),
-    ]
+def event(action: str, address: int, stamp: int | str, size: int = SIZE) -> dict[str, Any]:
+    told = f"{OURS}{stamp}" if isinstance(stamp, int) or stamp == "begin" else stamp
+    return {"action": action, "addr": address, "size": size, "stream": 0, "user_metadata": told}
+
+
+BEGIN = (event("alloc", WORKSPACE, "begin", 1), event("free_requested", WORKSPACE, "begin", 1))
+
+
+def remembered(*traces: dict[str, Any], weights: tuple[tuple[int, int], ...] = ()) -> Memory:
     blocks = [
         {"address": A, "size": 1024, "state": "active_allocated"},
         {"address": B, "size": SIZE, "state": "active_allocated"},
         {"address": B + SIZE, "size": SIZE, "state": "inactive"},
     ]
-    weights = [{"address": OUTSIDE, "size": SIZE, "state": "active_allocated"}]
+    older = [{"address": address, "size": size, "state": "active_allocated"} for address, size in weights]
     segments = [
         {"device": 0, "address": POOL, "total_size": 0x10000, "blocks": blocks},
-        {"device": 0, "address": OUTSIDE, "total_size": 0x1000, "blocks": weights},
+        {"device": 0, "address": OUTSIDE, "total_size": 0x1000, "blocks": older},
         {"device": 1, "address": 0, "total_size": 1 << 40, "blocks": []},
     ]
-    memory = memory_of({"device_traces": [traces], "segments": segments}, 0)
-    assert memory.blocks == (Block(A, SIZE, 0, 3), Block(A, 1024, 4, None), Block(B, SIZE, 5, None))
+    return memory_of({"device_traces": [list(traces)], "segments": segments}, 0, OURS)
+
+
+TRACES = (
+    event("alloc", A, during(0)),
+    event("free_requested", A, after(3)),
+    event("free_completed", A, after(3)),
+    event("alloc", A, during(4), 1024),
+    event("alloc", B, during(5)),
+)
+
+
+def test_reading_a_snapshot() -> None:
+    memory = remembered(*BEGIN, *TRACES, weights=((OUTSIDE, SIZE),))
+    assert memory.whole
+    assert memory.blocks[1:] == (block(A, SIZE, 0, 3), block(A, 1024, 4, None), block(B, SIZE, 5, None))
     assert memory.before == ((OUTSIDE, SIZE),)
     assert memory.segments == ((OUTSIDE, 0x1000), (POOL, 0x10000))
-    assert memory.at(A + 100, 2) == memory.blocks[0]
-    assert memory.at(A + 100, 4) == memory.blocks[1]
-    assert memory.at(A + 1000, 2) is None
-    assert memory.at(B, 4) is None
+    assert memory.at(A + 100, during(2)) == memory.blocks[1]
+    assert memory.at(A + 100, during(4)) == memory.blocks[2]
+    assert memory.at(A + 1000, during(2)) is None
+    assert memory.at(B, during(4)) is None
     assert memory.older(OUTSIDE + SIZE - 1) == (OUTSIDE, SIZE)
     assert memory.older(OUTSIDE + SIZE) is None
-    assert memory_of({"device_traces": [traces], "segments": segments}, 0, start=3).blocks == memory.blocks[1:]
+    earlier = (event("alloc", A, during(0)), event("alloc", B, "somebody's own"))  # of a history that was on before
+    assert remembered(*earlier, *BEGIN, *TRACES).blocks == memory.blocks
+
+
+def test_a_history_that_lost_its_beginning_proves_nothing() -> None:
+    """A ring buffer that came round (the user's own may be small), or that somebody cleared."""
+    assert remembered(*BEGIN[1:], *TRACES).whole  # only the first event is gone, and it was ours
+    assert not remembered(*TRACES).whole
+    assert not remembered().whole
+    nodes = graph(kernel(101, OUTSIDE, A), kernel(102, A, B), edges=((0, 1),))
+    assert report(nodes).ok
+    lost = report(nodes, whole=False)
+    assert not lost.ok
+    assert "history was lost" in lost.unattributed[0]
+
+
+@pytest.mark.parametrize("stamp", ["", "auxstream 6: 0", "auxstream 77: 0"])
+def test_what_other_threads_are_handed_is_no_op_s(stamp: str) -> None:
+    """Another capture, and a thread without one: their blocks live, but are nobody's scratch."""
+    other, own = event("alloc", OUTSIDE, stamp), event("alloc", A, during(1))
+    memory = remembered(*BEGIN, event("alloc", B, during(0)), other, own, event("free_requested", OUTSIDE, stamp))
+    assert [b.address for b in memory.born_at[during(0)]] == [B]
+    assert [b.address for b in memory.born_at[during(1)]] == [A]
+    assert memory.at(OUTSIDE, after(0)) == Block(OUTSIDE, SIZE, after(0), during(1))
+
+
+def test_a_block_from_before_that_is_freed_meanwhile_is_known() -> None:
+    memory = remembered(*BEGIN, event("alloc", A, during(0)), event("free_requested", WORKSPACE, after(0), 0x1000))
+    assert memory.older(WORKSPACE + 100) == (WORKSPACE, 0x1000)
