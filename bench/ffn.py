@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +25,8 @@ from ..capture.schedule import insert_regions
 from ..capture.trace import trace
 from ..kernels import fuse_elementwise
 from ..runtime.errors import AuxstreamError
-from .harness import device_time, interleave, write
+from .harness import interleave, write
+from .launches import Captured, by_kind
 
 FUSIONS = ("unfused", "fused on the caller", "fused everywhere")
 
@@ -69,58 +67,6 @@ def graphs(model: FeedForward, hidden: Tensor) -> dict[str, Callable[[Tensor], T
     return found
 
 
-class Captured:
-    """A callable in a CUDA graph, with what it reads kept alive."""
-
-    def __init__(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> None:
-        self.kept = (run, hidden)
-        self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        with torch.no_grad():
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    run(hidden)
-            stream.synchronize()
-            with torch.cuda.graph(self.graph, stream=stream):
-                self.out = run(hidden)
-
-    def sample(self) -> float:
-        """Microseconds per replay."""
-        return device_time(self.graph.replay, 10)
-
-    def launches(self) -> dict[str, tuple[int, float]]:
-        """Kernels of one replay, by name: how many, and their time in all, in microseconds."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            self.graph.replay()
-            torch.cuda.synchronize()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            profile.export_chrome_trace(str(path))
-            events = json.loads(path.read_text())["traceEvents"]
-        found: dict[str, tuple[int, float]] = {}
-        for event in events:
-            if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-                count, us = found.get(event["name"], (0, 0.0))
-                found[event["name"]] = (count + 1, us + event["dur"])
-        return found
-
-
-def pointwise_launches(kernels: dict[str, tuple[int, float]]) -> int:
-    """Elementwise and reduction kernels: ours, Inductor's, and ATen's."""
-    words = (
-        "fused_",
-        "triton_poi",
-        "triton_red",
-        "triton_per",
-        "elementwise",
-        "reduce_kernel",
-        "softmax",
-        "_index",
-        "cat",
-    )
-    return sum(count for name, (count, _) in kernels.items() if any(word.lower() in name.lower() for word in words))
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6)
@@ -151,7 +97,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             kernels = runs[name].launches()
             per_layer = figure.median / options.layers
             counts = (
-                pointwise_launches(kernels) / options.layers,
+                by_kind(kernels)["pointwise"] / options.layers,
                 sum(c for c, _ in kernels.values()) / options.layers,
             )
             results[f"batch {batch}: {name}"] = {
