@@ -1,7 +1,8 @@
 """Graphs that other code captures with torch alone, checked as our own are.
 
 Enters: a `with` block. Leaves: an `Adopted` for each `torch.cuda.CUDAGraph` captured in it, `torch.cuda.graph` and what
-is built on it included. Invariant: what the code does is what it would have done; torch's class is as before after it.
+is built on it included. Invariant: what the code does is what it would have done, and what cannot be recorded fails the
+proof, not the code; torch's class is as before after it.
 
 Graphs made in the block are made with `keep_graph=True`, or nothing could be read back, and instantiated when their
 captures end; of one made before it the report says that it cannot be read.
@@ -9,9 +10,10 @@ captures end; of one made before it the report says that it cannot be read.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -21,6 +23,7 @@ from ..runtime.machine import current_machine, using_machine
 from .graphs import OwnGraph
 from .proof import Report, verify
 from .record import Recorder
+from .refusals import Refusals
 from .streams import InlineStreams, RecordingMachine
 
 
@@ -76,6 +79,8 @@ def adopting(found: list[Adopted]) -> Generator[None]:
     try:
         yield
     finally:
+        for capture in running.values():  # the code began them by hand, and did not come to their end
+            capture.close()
         for name in patched:
             if name in defined:
                 setattr(kind, name, defined[name])
@@ -93,9 +98,11 @@ class _Capture:
         below: Any = current_machine()
         if not isinstance(below, CudaMachine):
             below = InlineStreams(CudaMachine().current_handle)
-        self._recorder = Recorder(allocator=None, watch="off")
+        self._unrecorded: dict[str, None] = {}
+        self._recorder = Recorder(allocator=None, watch="off", refusals=Refusals(self._unrecorded))
         self._machine = RecordingMachine(below, self._recorder)
         self._below = below
+        self._thread = threading.get_ident()
         self._around = ExitStack()
         self._inside = ExitStack()
         self._watch = self._around.enter_context(CaptureWatch(self._recorder, torch.cuda.current_device()))
@@ -112,8 +119,10 @@ class _Capture:
 
     def report(self, graph: torch.cuda.CUDAGraph) -> Report:
         program = self._recorder.finish()
-        return verify(self._watch.evidence(graph, program))
+        evidence = self._watch.evidence(graph, program)
+        return verify(replace(evidence, unattributed=(*evidence.unattributed, *self._unrecorded)))
 
     def close(self) -> None:
-        self._inside.close()
-        self._around.close()
+        if threading.get_ident() == self._thread:  # modes are a thread's own
+            self._inside.close()
+            self._around.close()

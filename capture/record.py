@@ -26,12 +26,12 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from ..kernels.accesses import hidden_writes
-from ..runtime.errors import AuxstreamWarning, CaptureError, UndeclaredAccessError
+from ..runtime.errors import AuxstreamWarning, UndeclaredAccessError
 from ..runtime.settings import Verify
 from .allocator import AllocatorModel
 from .handing import Handing, Verdict
 from .program import Buffer, Op, Program, Record, Step, TensorRef, Wait
-from .refusals import refuse_host_traffic, refuse_layouts, refuse_resizing
+from .refusals import Refusals, refuse_functions, refuse_host_traffic, refuse_layouts, refuse_resizing
 from .signatures import arguments, is_composite, is_view, replaced, tensors_in
 from .source import source_line
 
@@ -72,12 +72,14 @@ class _Inside:
 
 
 class Recorder(TorchDispatchMode):
-    """Fills a program. `allocator` None: the addresses are the device's own (a CUDA capture is under way)."""
+    """Fills a program. `allocator` None: the addresses are the device's own (a CUDA capture is under way). `refusals`:
+    what becomes of what cannot be recorded."""
 
     supports_higher_order_operators = True  # that is, they come here to be refused
 
-    def __init__(self, *, allocator: AllocatorModel | None, watch: Verify) -> None:
+    def __init__(self, *, allocator: AllocatorModel | None, watch: Verify, refusals: Refusals | None = None) -> None:
         super().__init__()
+        self.refusals = Refusals() if refusals is None else refusals
         self.allocator = allocator
         self.device_type = "cpu" if allocator is not None else "cuda"
         self.watch: Verify = watch
@@ -187,12 +189,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [*tensors_in(args), *tensors_in(kwargs)]
         if isinstance(func, HigherOrderOperator):
-            raise CaptureError(
-                f"{func} takes functions as arguments, and cannot be recorded, at {source_line()}",
-                expected="ops on tensors",
-                came="an op whose work is known when it runs",
-                remedy="call the function it would call; torch.where in place of torch.cond",
-            )
+            self.refusals.meets(refuse_functions, func)
+            return func(*args, **kwargs)
         if func is _aten.record_stream.default:
             return func(*args, **kwargs)
         if any(type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor) for tensor in tensors):
@@ -207,8 +205,10 @@ class Recorder(TorchDispatchMode):
                 return args[0].clone()
         if self._inside is not None:
             return self._look_inside(self._inside, func, args, kwargs)
-        refuse_host_traffic(self.device_type, func, args, kwargs, tensors)
-        refuse_layouts(func, tensors)
+        if self.refusals.meets(refuse_host_traffic, self.device_type, func, args, kwargs, tensors):
+            return func(*args, **kwargs)
+        if self.refusals.meets(refuse_layouts, func, tensors):
+            return func(*args, **kwargs)
         self.sweep()
         mine = [tensor for tensor in tensors if tensor.device.type == self.device_type]
         here = self._works_here(tensors, kwargs)
@@ -236,7 +236,9 @@ class Recorder(TorchDispatchMode):
         for tensor in writes:
             storage = tensor.untyped_storage()
             if storage._cdata in self._storages:
-                refuse_resizing(func, self.buffers[self.buffer_of(tensor)].nbytes, storage.nbytes())
+                self.refusals.meets(
+                    refuse_resizing, func, self.buffers[self.buffer_of(tensor)].nbytes, storage.nbytes()
+                )
         fresh = self._fresh(result, stream, func)
         made = tuple(ref for ref in fresh if ref is not None)
         if not made and (views or not (write_refs or (read_refs and result is None))):
@@ -267,7 +269,8 @@ class Recorder(TorchDispatchMode):
     def _look_inside(self, inside: _Inside, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """An op that a custom op is made of, or one that those are made of."""
         tensors = [*tensors_in(args), *tensors_in(kwargs)]
-        refuse_layouts(func, tensors)
+        if self.refusals.meets(refuse_layouts, func, tensors):
+            return func(*args, **kwargs)
         here = self._works_here(tensors, kwargs)
         reads, writes = ([], []) if is_view(func) else self._split(func, args, kwargs, here)
         own = {key for key, storage in inside.own.items() if not storage.expired()}
@@ -320,7 +323,8 @@ class Recorder(TorchDispatchMode):
     def _fresh(self, result: Any, stream: int, func: Any) -> tuple[TensorRef | None, ...]:
         """Per leaf of the result: the memory allocated for it, or None."""
         fresh: list[TensorRef | None] = []
-        refuse_layouts(func, list(tensors_in(result)))
+        if self.refusals.meets(refuse_layouts, func, list(tensors_in(result))):
+            return ()
         for leaf in [result] if isinstance(result, Tensor) else pytree.tree_leaves(result):
             mine = isinstance(leaf, Tensor) and leaf.device.type == self.device_type
             if not mine or leaf.untyped_storage()._cdata in self._storages:

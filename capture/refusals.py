@@ -1,15 +1,17 @@
 """What a capture cannot record, refused at once with the line that did it.
 
-Enters: an op about to run inside a capture, and its tensors. Leaves: nothing, or a `CaptureError`.
+Enters: an op about to run inside a capture, and its tensors. Leaves: nothing, or a `CaptureError`; in a capture that is
+somebody else's, a note of it, and the op runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 
 from ..runtime.errors import CaptureError
@@ -23,6 +25,35 @@ _COPIES: Final = (_aten.copy_.default, _aten._to_copy.default)
 
 # Writing through a mask counts its elements on the host, unless one value goes everywhere.
 _MASKED_WRITES: Final = frozenset({_aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default})
+
+
+class Refusals:
+    """What becomes of what cannot be recorded. `noted`: of a capture that is only looked at, what that was; None: it is
+    refused."""
+
+    def __init__(self, noted: dict[str, None] | None = None) -> None:
+        self._noted = noted
+
+    def meets(self, refuse: Callable[..., None], *given: Any) -> bool:
+        """Whether `refuse(*given)` refuses, if that is not an error."""
+        try:
+            refuse(*given)
+        except CaptureError as error:
+            if self._noted is None:
+                raise
+            self._noted[str(error).partition("\n")[0]] = None
+            return True
+        return False
+
+
+def refuse_functions(func: HigherOrderOperator) -> None:
+    """What it will do cannot be told from its arguments."""
+    raise CaptureError(
+        f"{func} takes functions as arguments, and cannot be recorded, at {source_line()}",
+        expected="ops on tensors",
+        came="an op whose work is known when it runs",
+        remedy="call the function it would call; torch.where in place of torch.cond",
+    )
 
 
 def refuse_layouts(func: Any, tensors: Sequence[Tensor]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import auxstream
 from auxstream.capture.adopt import Adopted, adopting
@@ -122,6 +123,33 @@ def test_a_capture_that_fails_leaves_nothing_behind() -> None:
     assert found[-1].report.ok
     graph.replay()
     assert torch.equal(y, x + 2)
+
+
+@needs_gpu
+def test_a_capture_that_does_not_end_leaves_nothing_behind() -> None:
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        try:
+            with adopting([]):
+                graph.capture_begin()
+            assert _get_current_dispatch_mode() is None
+            assert not torch._C._cuda_isHistoryEnabled()
+        finally:
+            graph.capture_end()
+
+
+@needs_gpu
+def test_what_cannot_be_recorded_fails_the_proof_and_not_the_code() -> None:
+    x = torch.ones(8, device="cuda")
+    found: list[Adopted] = []
+    with adopting(found):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = torch.empty(4, device="cuda")
+            torch.add(x, x, out=out)  # resizes `out`, with a warning
+    graph.replay()
+    assert torch.equal(out, x + x)
+    assert any("resizes" in item for item in found[0].report.unattributed)
 
 
 @needs_gpu

@@ -17,6 +17,7 @@ from auxstream.capture.graphs import SimulatedGraph
 from auxstream.capture.program import Op, Wait
 from auxstream.capture.proof import verify
 from auxstream.capture.record import Recorder
+from auxstream.capture.refusals import Refusals
 from auxstream.runtime.errors import CaptureError, HostReadError, RaceError
 from auxstream.runtime.regions import open_region
 
@@ -105,6 +106,40 @@ def test_a_custom_op_on_the_host_runs_its_kernel_for_the_host() -> None:
     library()
     with Recorder(allocator=None, watch="off"):
         assert torch.ops.test_recording.device(torch.ones(2)).tolist() == [2, 2]
+
+
+# --- captures of somebody else ----------------------------------------------------------------------------------------
+
+
+def resized(x: Tensor) -> Tensor:
+    out = torch.empty(0)
+    torch.add(x, x, out=out.resize_(0))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (lambda x: torch.sparse.mm(x.to_sparse_coo(), x), "plain strided memory"),
+        (lambda x: torch.ops.test_recording.sparse(x), "plain strided memory"),
+        (lambda x: torch.ops.higher_order.cond(x.sum() > 0, torch.sin, torch.cos, (x,)), "functions as arguments"),
+        (lambda x: x * float(x.sum()), "values on the host"),
+        (resized, "resizes"),
+    ],
+)
+def test_what_cannot_be_recorded_runs_all_the_same(run: Callable[[Tensor], Tensor], said: str) -> None:
+    """Once: an op that was half recorded is not run again."""
+    library()
+    x = torch.ones(2, 2)
+    noted: dict[str, None] = {}
+    with Recorder(allocator=AllocatorModel(), watch="off", refusals=Refusals(noted)):
+        result = run(x).clone()
+        x.add_(1)
+    assert torch.equal(result, run(torch.ones(2, 2)))
+    assert x.eq(2).all()
+    assert any(said in line for line in noted), noted
+    with pytest.raises(CaptureError, match=said), Recorder(allocator=AllocatorModel(), watch="off"):
+        run(torch.ones(2, 2))
 
 
 # --- host memory under a CUDA capture ---------------------------------------------------------------------------------
