@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary, ref
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
@@ -32,6 +31,7 @@ from ..kernels.accesses import hidden_writes
 from ..runtime.errors import AuxstreamError, CaptureError, RaceError
 from .graphs import LAUNCH_OBSERVERS, OBSERVERS, CapturedGraph
 from .program import TensorRef
+from .signatures import arguments, is_composite, is_view, tensors_in
 from .source import source_line
 from .timeline import Conflict, Footprint, Launches, Span, Timeline, Use
 
@@ -156,13 +156,13 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator) or func.namespace == "prim":
             return func(*args, **kwargs)
-        leaves = pytree.tree_leaves((args, kwargs))
-        if any(is_traceable_wrapper_subclass(leaf) for leaf in leaves):
+        if any(map(is_traceable_wrapper_subclass, (*tensors_in(args), *tensors_in(kwargs)))):
             return NotImplemented  # it unwraps itself, and its inner ops come here
-        with self:  # in inference mode ops arrive whole that elsewhere arrive in parts
-            parts = func.decompose(*args, **kwargs)
-        if parts is not NotImplemented:
-            return parts
+        if is_composite(func):
+            with self:  # in inference mode ops arrive whole that elsewhere arrive in parts
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         if not _looks_at_metadata(func):
             self._check(func, args, kwargs)
         return func(*args, **kwargs)
@@ -196,20 +196,18 @@ def footprint_of(graph: CapturedGraph) -> Footprint:
 
 def _looks_at_metadata(func: Any) -> bool:
     """Whether an op touches no byte of its arguments: views, tensors like another, notes to the allocator."""
-    name = func._schema.name.removeprefix("aten::")
-    like = name.endswith("_like") or name.startswith("new_") or name == "record_stream"
-    return func.is_view or torch.Tag.inplace_view in func.tags or like
+    name = func._schema.name
+    like = name.endswith("_like") or name.startswith("aten::new_") or name == "aten::record_stream"
+    return is_view(func) or (like and func.namespace == "aten")
 
 
 def _touches(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
     """Each tensor an op is given, and whether the op writes it (or reads and writes)."""
     hidden = hidden_writes(func, args)
-    for position, argument in enumerate(func._schema.arguments):
-        value = kwargs.get(argument.name) if argument.kwarg_only or position >= len(args) else args[position]
-        writes = position in hidden or (argument.alias_info is not None and argument.alias_info.is_write)
-        for leaf in pytree.tree_leaves(value):
-            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
-                yield leaf, writes
+    for argument in arguments(func):
+        for leaf in tensors_in(argument.of(args, kwargs)):
+            if leaf.layout is torch.strided:
+                yield leaf, argument.writes or argument.position in hidden
 
 
 def _spans(tensor: Tensor) -> tuple[Span, ...]:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any, cast
 
 import pytest
@@ -499,6 +500,13 @@ def out() -> Tensor:
     return torch.zeros(2, 32)
 
 
+@cache
+def copied_like() -> Any:
+    return torch.library.custom_op(
+        "test_launches::copied_like", lambda x: x.clone(), mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+
+
 OPS: dict[str, tuple[Callable[[Tensor, Tensor], Any], bool]] = {
     "reads of the input": (lambda x, out: x + 1, False),
     "a view of the output": (lambda x, out: out.t()[1:].reshape(-1, 2).detach(), False),
@@ -510,6 +518,7 @@ OPS: dict[str, tuple[Callable[[Tensor, Tensor], Any], bool]] = {
     "a read by keyword": (lambda x, out: torch.add(torch.ones(2, 32), other=out), True),
     "a write to the input": (lambda x, out: x.copy_(torch.ones(2, 32)), True),
     "a write to a view of it": (lambda x, out: x[:, 3].zero_(), True),
+    "a custom op that is named like another": (lambda x, out: copied_like()(out), True),
     "a write by out=": (lambda x, out: torch.add(torch.ones(2, 32), 1, out=x), True),
     "batch-norm statistics": (
         lambda x, out: nn.functional.batch_norm(torch.ones(2, 32), x[0], torch.ones(32), training=True),
