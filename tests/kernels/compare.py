@@ -59,7 +59,7 @@ def disagreement(ours: Tensor, eager: Tensor, bound: Bound = EXACT, magnitude: f
         scale = torch.maximum(eager.abs(), torch.tensor(magnitude, device=eager.device))
         return _first(ours, eager, ~same & ~((ours - eager).abs() <= bound.float32 * scale), "is too far off")
     same |= (ours.double() - eager.double()).abs() <= bound.absolute
-    apart = (_ordered(ours) - _ordered(eager)).abs().masked_fill(same, 0)
+    apart = ulp_apart(ours, eager).masked_fill(same, 0)
     if len(eager[apart > 0].unique()) > bound.share * len(eager.unique()):
         return _first(ours, eager, apart > 0, "is one of too many that differ")
     return _first(ours, eager, apart > bound.ulp, "is too many ulp off")
@@ -70,10 +70,15 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return tuple(stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
 
 
+def ulp_apart(one: Tensor, other: Tensor) -> Tensor:
+    """How many floats of their dtype apart two tensors are, element by element; both zeros are one."""
+    return (_ordered(one) - _ordered(other)).abs()
+
+
 def _ordered(x: Tensor) -> Tensor:
-    """Half-precision numbers as integers one apart; both zeros are 0."""
-    bits = x.contiguous().view(torch.int16).to(torch.int32)
-    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+    """Floats as integers one apart."""
+    bits = x.contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int16).to(torch.int64)
+    return torch.where(bits < 0, -(bits & (0x7FFFFFFF if x.dtype == torch.float32 else 0x7FFF)), bits)
 
 
 def _first(ours: Tensor, eager: Tensor, wrong: Tensor, what: str) -> str | None:

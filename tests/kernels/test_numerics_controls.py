@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from compare import EXACT, FUNCTION, TIES, disagreement
+from measure_ops import Row, measured
 from op_values import Case, aten
 from patterns import randn
 from test_ops import GROUPS, complaints
@@ -144,6 +145,17 @@ def test_what_the_comparison_sees() -> None:
     assert disagreement(many * off, many, FUNCTION) is not None
     few[7] *= off
     assert disagreement(few, many, FUNCTION) is not None
+
+
+def test_what_the_table_of_measured_differences_counts() -> None:
+    row, one = Row(), torch.tensor([1.0, -2.0, torch.nan, 3.0, torch.inf])
+    row.take(one.clone(), one, 0.0)
+    assert (row.ulp, row.differing, row.unlike, row.results) == (0, 0, 0, 5)
+    other = torch.tensor([1.0 + 2**-22, -2.0, torch.nan, 3.0, 7.0])
+    row.take(other, one, 4.0)
+    assert (row.ulp, row.differing, row.unlike, row.results) == (2, 2, 1, 10)
+    assert row.of_magnitude == 2**-24
+    assert {dtype for dtype, found in measured(GROUPS["neg.default"]).items() if found.differing} == set()
 
 
 def test_a_case_that_is_opaque_complains() -> None:

@@ -49,6 +49,11 @@ def kernels(cases: Sequence[Case]) -> Iterator[tuple[Fusion | None, Sequence[Cas
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_side_by_side() -> None:
+    compile_side_by_side()
+
+
+def compile_side_by_side() -> None:
+    """On a GPU, all that the cases will launch."""
     if DEVICE == "cuda":
         with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
             for fusion, cases in itertools.chain.from_iterable(map(kernels, GROUPS.values())):
