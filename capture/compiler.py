@@ -1,8 +1,8 @@
 """`compile`: a model and example inputs become a `CompiledModel`.
 
-Enters: a module, example inputs (static shapes), `Options`. Leaves: a callable that copies its inputs in, replays one
-graph and hands the outputs out. The function below reads as the pipeline: trace, mark, fuse, insert, capture.
-Invariant: compiling is not a call: caches, positions and RNG are as before it.
+Enters: a module, example inputs, `Options`. Leaves: a callable that copies its inputs in, replays one graph and hands
+the outputs out. `_Pipeline.compile` reads as the picture: trace, mark, fuse, insert, capture; with buckets
+(capture/buckets.py) it runs once for each. Invariant: compiling is not a call: caches, positions and RNG are as before.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,113 +24,124 @@ from ..kernels.launch import compile_ahead
 from ..kernels.reach import regions_of
 from ..kernels.routing import MARKED
 from ..kernels.safety import fusion_safety
-from ..runtime.errors import AuxstreamWarning, RaceError, TraceError
+from ..runtime.errors import AuxstreamWarning, CaptureError, RaceError, TraceError
 from ..runtime.settings import Verify, parse_safety
+from .bucketing import compile_buckets
+from .compiled import CompiledModel
 from .graphs import CapturedGraph, graph
-from .inputs import Calls, StaticInputs
+from .inputs import Calls, Padding, StaticInputs
 from .mark import mark_multi_stream_moe_shared_experts
 from .options import Options
-from .proof import Report
-from .schedule import RegionPlan, insert_regions
-from .state import preserved
-from .trace import trace
-
-
-class CompiledModel:
-    """A captured model of one static shape. Call it like the model; no gradients are recorded.
-
-    Outputs live in the graph's own memory: the next call overwrites them, so clone what must last longer. They may be
-    inputs of that next call. A buffer or parameter that the model returns is the model's own, as in eager; an input it
-    returns is the caller's own tensor; a view of an input becomes a copy. Inputs the model mutates are copied back.
-
-    Calls may come from any stream and any thread. They run one at a time, and each waits, on the GPU, for what was
-    given to the stream of the last one. Another stream that reads outputs calls `wait` first; another thread's call
-    overwrites them, so threads hold a lock of their own around a call and their use of its outputs.
-
-    Raises:
-        InputError: arguments of another structure, shape, dtype or device than the captured ones, or which share memory
-            with something the model writes. Nothing was copied and nothing ran.
-
-    Attributes:
-        regions: the regions that were inserted, in graph order.
-        fusion: what was fused; None with fusion off.
-        graph: the captured graph, with its `report` and `memory`.
-    """
-
-    def __init__(
-        self, captured: CapturedGraph, regions: tuple[RegionPlan, ...], fusion: FusionReport | None, calls: Calls
-    ) -> None:
-        self.regions = regions
-        self.fusion = fusion
-        self.graph = captured
-        self._calls = calls
-
-    @property
-    def report(self) -> Report:
-        """What was proved about the graph."""
-        return self.graph.report
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), self.graph.order:
-            given = self._calls.enter(args, kwargs)
-            self.graph.replay()
-            return self._calls.leave(given)
-
-    def wait(self) -> None:
-        """The current stream waits, on the GPU, for the last call: now it may read its outputs. The next call waits for
-        what that stream does with them."""
-        self.graph.wait()
+from .schedule import insert_regions
+from .state import bits, preserved
+from .trace import TracedGraph, trace
+from .uncaptured import order_of_runs, run_once
 
 
 def compile(
     model: nn.Module, example_inputs: Any, options: Options | None = None, *, name: str = "model"
 ) -> CompiledModel:
-    """Compile a model for the shapes of `example_inputs`.
+    """Compile a model for the shapes of `example_inputs`; with `options.buckets`, for several numbers of rows.
 
     Args:
         model: the module, on the device it will run on.
-        example_inputs: positional arguments as a tuple or list, keyword arguments as a dict, or one tensor.
+        example_inputs: positional arguments as a tuple or list, keyword arguments as a dict, or one tensor. With
+            buckets, of the largest, and with rows that differ.
         options: see `Options`; the environment overrides them.
         name: for messages and profiles.
+
+    Returns:
+        a `CompiledModel`; with buckets, a `BucketedModel`.
 
     Raises:
         TraceError: the model cannot become one graph (data-dependent control flow, tensors on several devices).
         RaceError: the captured graph is not proved free of races, and `options.verify` is `error`.
+        CaptureError: a mode that is not there yet; or with buckets, if it is not to be found which dimensions count
+            tokens, or if padding would show in results or in what the model writes.
     """
     options = (options or Options()).in_force()
+    _refuse_mode(options)
     static = StaticInputs(example_inputs)
-    device = _device(model, static.tensors())
-    dump = _Dump(options.dump_dir)
+    pipeline = _Pipeline(options, _device(model, static.tensors()), name)
+    if options.buckets:
+        return compile_buckets(model, static, options, pipeline.device, pipeline.compile)
+    return pipeline.compile(static, trace(model, static.args, static.kwargs))
 
-    traced = trace(model, static.args, static.kwargs)
-    dump.write("1-traced", traced.graph_module.print_readable(print_output=False))
-    _mark(traced.graph_module, options, static)
 
-    for trial in _trials(traced.graph_module, options):
-        module, fusion = _fused(traced.graph_module, options, trial, dump)
-        regions = insert_regions(module, handoff=options.handoff)
-        dump.write("3-regions", module.print_readable(print_output=False))
-        try:
-            captured, outputs = warm_up_and_capture(
-                lambda module=module: static.apart(module(*static.args, **static.kwargs)),
-                (),
-                [*traced.written_tensors(), *static.written(traced)],
-                device,
-                name=name,
-                verify="error" if trial else options.verify,
-                warmup=options.warmup if fusion is None else max(1, options.warmup),  # kernels compile in the first run
-            )
-        except RaceError as error:
-            if not trial:
-                raise
-            _give_up_trial(fusion, error)
-            continue
-        if trial and fusion is not None:
-            fusion = replace(fusion, proved=True)
-        dump.write("4-program", str(captured.program))
-        dump.write("5-report", str(captured.report))
-        return CompiledModel(captured, regions, fusion, Calls(static, traced, outputs))
-    raise AssertionError("the last trial returns or raises")
+def _refuse_mode(options: Options) -> None:
+    if options.mode not in ("full", "none"):
+        raise CaptureError(
+            f"mode {options.mode!r} is not there yet",
+            expected="'full' (whole graphs) or 'none' (no graphs)",
+            came=repr(options.mode),
+            remedy="compile the decode step with mode='full' and its batch sizes as buckets; run prefill eagerly",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pipeline:
+    """From a traced graph to a compiled one; what its graphs share."""
+
+    options: Options
+    device: torch.device
+    name: str
+    constants: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """What fusion computed ahead, by name."""
+
+    def compile(
+        self, static: StaticInputs, traced: TracedGraph, padding: Padding | None = None, pool: Any = None
+    ) -> CompiledModel:
+        """One graph of one shape. `pool`: what it shares with others: memory; in mode `none`, the order of runs."""
+        options = self.options
+        dump = _Dump(options.dump_dir, "" if padding is None else f"bucket-{padding.size}")
+        dump.write("1-traced", traced.graph_module.print_readable(print_output=False))
+        _mark(traced.graph_module, options, static)
+        known = {name for name, _ in traced.graph_module.named_buffers()}
+
+        for trial in _trials(traced.graph_module, options):
+            module, fusion = _fused(traced.graph_module, options, trial, dump)
+            self._share_constants(module, known)
+            regions = insert_regions(module, handoff=options.handoff)
+            dump.write("3-regions", module.print_readable(print_output=False))
+            try:
+                captured, outputs = self._capture(
+                    lambda module=module: static.apart(module(*static.args, **static.kwargs)),
+                    [*traced.written_tensors(), *static.written(traced)],
+                    self.name if padding is None else f"{self.name}[{padding.size}]",
+                    verify="error" if trial else options.verify,
+                    warmup=options.warmup if fusion is None else max(1, options.warmup),  # kernels compile in the first
+                    pool=pool,
+                )
+            except RaceError as error:
+                if not trial:
+                    raise
+                _give_up_trial(fusion, error)
+                continue
+            if trial and fusion is not None:
+                fusion = replace(fusion, proved=True)
+            if options.mode != "none":
+                dump.write("4-program", str(captured.program))
+                dump.write("5-report", str(captured.report))
+            calls = Calls(static, traced, outputs, padding=padding, copied=options.copy_outputs)
+            return CompiledModel(captured, regions, fusion, calls)
+        raise AssertionError("the last trial returns or raises")
+
+    def _capture(
+        self, run: Callable[[], Any], mutated: Sequence[Tensor], name: str, *, verify: Verify, warmup: int, pool: Any
+    ) -> tuple[CapturedGraph, Any]:
+        if self.options.mode == "none":
+            order = order_of_runs(self.device) if pool is None else pool
+            return run_once(run, mutated, self.device, name=name, order=order)
+        return warm_up_and_capture(run, (), mutated, self.device, name=name, verify=verify, warmup=warmup, pool=pool)
+
+    def _share_constants(self, module: GraphModule, known: set[str]) -> None:
+        """Buffers that fusion computed for this graph as for an earlier one: one is enough."""
+        for name, own in list(module.named_buffers()):
+            if name not in known:
+                shared = self.constants.setdefault(name, own)
+                alike = shared.dtype == own.dtype and shared.stride() == own.stride()
+                if alike and torch.equal(bits(shared), bits(own)):
+                    setattr(module, name, shared)
 
 
 def _mark(module: GraphModule, options: Options, static: StaticInputs) -> None:
@@ -180,12 +191,13 @@ def warm_up_and_capture(
     name: str,
     verify: Verify,
     warmup: int = 2,
+    pool: Any = None,
 ) -> tuple[CapturedGraph, Any]:
-    """Rehearse `run(*inputs)`, and capture it. Returns the graph and what `run` returned in the capture: tensors that
-    every replay updates in place."""
+    """Rehearse `run(*inputs)`, and capture it, into a pool of its own or the one given. Returns the graph and what
+    `run` returned in the capture: tensors that every replay updates in place."""
     with (
         rehearsed(run, inputs, mutated, device, warmup) as stream,
-        graph(name, verify=verify, device=device, stream=stream) as captured,
+        graph(name, verify=verify, device=device, pool=pool, stream=stream) as captured,
     ):
         returned = run(*inputs)
     return captured, returned
@@ -236,8 +248,8 @@ def _within(threshold: int | None, inputs: Sequence[Tensor]) -> bool:
 class _Dump:
     """Writes stages as text, if asked to."""
 
-    def __init__(self, folder: str | Path | None) -> None:
-        self._folder = None if folder is None else Path(folder)
+    def __init__(self, folder: str | Path | None, part: str = "") -> None:
+        self._folder = None if folder is None else Path(folder) / part
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
 

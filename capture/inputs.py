@@ -2,7 +2,7 @@
 
 Enters: example inputs, then the arguments of each call. Leaves: the same values in the graph's own memory, and results
 that share none of it. Invariant: a call is refused, before anything is copied, if copying could tell it apart from a
-call of the model: another structure, shape, dtype or device, or memory that it shares with something the graph writes.
+call of the model: arguments that do not fit, or memory that they share with something the graph writes.
 
 Note "inputs that share memory". The graph works on copies, so a write through one name is not seen through another.
 What the model only reads may be shared at will; a shared tensor that is written gets an error, not other numbers.
@@ -11,33 +11,45 @@ What the model only reads may be shared at will; a shared tensor that is written
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..runtime.errors import InputError
+from .arguments import Arguments, Dims, example_arguments
 from .program import TensorRef
 from .trace import TracedGraph
 
 
 class StaticInputs:
-    """Copies of the example inputs, in the model's own structure: `model(*args, **kwargs)`."""
+    """Memory for inputs, in the model's own structure: `model(*args, **kwargs)`. Holds copies of the example inputs."""
 
     def __init__(self, example_inputs: Any) -> None:
-        self.given_args, self.given_kwargs = _arguments(example_inputs)
-        given, self.spec = pytree.tree_flatten((self.given_args, self.given_kwargs))
+        given, spec = pytree.tree_flatten(example_arguments(example_inputs))
         with torch.inference_mode(False):  # or calls outside of it could not copy in
-            self.leaves: list[Any] = [_static(leaf) for leaf in given]
+            self._hold([_static(leaf) for leaf in given], spec)
+
+    def _hold(self, leaves: list[Any], spec: pytree.TreeSpec) -> None:
+        self.leaves = leaves
+        self.spec = spec
         self.args: tuple[Any, ...]
         self.kwargs: dict[str, Any]
-        self.args, self.kwargs = pytree.tree_unflatten(self.leaves, self.spec)
+        self.args, self.kwargs = pytree.tree_unflatten(leaves, spec)
 
     def tensors(self) -> list[Tensor]:
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    def with_rows(self, dims: Dims, change: Callable[[Tensor, int], Tensor]) -> StaticInputs:
+        """The same inputs with `change(leaf, dim)` in place of each leaf that has rows."""
+        made = StaticInputs.__new__(StaticInputs)
+        pairs = zip(self.leaves, dims, strict=True)
+        with torch.inference_mode(False):
+            made._hold([leaf if dim is None else change(leaf, dim) for leaf, dim in pairs], self.spec)
+        return made
 
     def written(self, traced: TracedGraph) -> list[Tensor]:
         """Those the graph writes."""
@@ -57,6 +69,39 @@ class StaticInputs:
         return pytree.tree_map_only(Tensor, copied, outputs)
 
 
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """How a graph of `size` rows serves calls of fewer.
+
+    Attributes:
+        size: rows of the graph's inputs.
+        inputs: the rows of each input leaf.
+        outputs: the rows of each output leaf.
+        values: per input leaf, what padded rows hold; None: the call's last row again.
+    """
+
+    size: int
+    inputs: Dims
+    outputs: Dims
+    values: tuple[bool | int | float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """All that calls of so many rows do besides the replay; settled by the first of them."""
+
+    copied: tuple[tuple[int, Tensor], ...]
+    """Which argument is copied, and where to."""
+    repeated: tuple[tuple[int, int, Tensor, Tensor], ...]
+    """Which argument is copied, by which rows (dimension and indices), and where to."""
+    filled: tuple[tuple[Tensor, bool | int | float], ...]
+    back: tuple[tuple[int, Tensor], ...]
+    """Which argument is written back, and from where."""
+    leaves: list[Any]
+    outputs: Any
+    """The outputs: as leaves, and in the model's structure."""
+
+
 class Calls:
     """What one call copies in before the replay, and hands out after it.
 
@@ -64,68 +109,121 @@ class Calls:
         static: the inputs the graph was captured over.
         traced: names its inputs, and says which of them and which of the module's tensors it writes.
         outputs: what the graph returned; every replay updates its tensors.
+        padding: of a graph that serves calls of fewer rows.
+        copied: hand out copies of what the next replay overwrites.
+
+    Attributes:
+        leaves: of `outputs`.
+        written: positions of the inputs that the graph writes.
+        live_storages: of what outlives a call: the model's own tensors, and the outputs.
     """
 
-    def __init__(self, static: StaticInputs, traced: TracedGraph, outputs: Any) -> None:
-        self._static = static
+    def __init__(
+        self,
+        static: StaticInputs,
+        traced: TracedGraph,
+        outputs: Any,
+        *,
+        padding: Padding | None = None,
+        copied: bool = False,
+    ) -> None:
+        self.static = static
+        self.padding = padding
         self._names = traced.input_names
-        self._outputs = outputs
+        self._arguments = Arguments(static.leaves, static.spec, self._names)
         leaves, self._out_spec = pytree.tree_flatten(outputs)
-        self._written = tuple(p for p, name in enumerate(self._names) if name in traced.mutated_inputs)
+        self.leaves: list[Any] = leaves
+        self.written = tuple(p for p, name in enumerate(self._names) if name in traced.mutated_inputs)
         positions = {id(leaf): p for p, leaf in enumerate(static.leaves) if isinstance(leaf, Tensor)}
         self._passed_through = tuple((i, positions[id(leaf)]) for i, leaf in enumerate(leaves) if id(leaf) in positions)
-        self._leaves = leaves
-        self._written_storages = frozenset(_storage(tensor) for tensor in traced.written_tensors())
+        self._written_storages = frozenset(storage_of(tensor) for tensor in traced.written_tensors())
         module: nn.Module = traced.graph_module
-        self._live_storages = frozenset(
-            _storage(leaf)
-            for leaf in itertools.chain(leaves, module.parameters(), module.buffers())
-            if isinstance(leaf, Tensor) and id(leaf) not in positions
-        )
+        models = frozenset(storage_of(tensor) for tensor in itertools.chain(module.parameters(), module.buffers()))
+        own = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and id(leaf) not in positions]
+        self.live_storages = models | frozenset(storage_of(leaves[i]) for i in own)
+        self._copied = tuple(i for i in own if copied and storage_of(leaves[i]) not in models)
+        self._plans: dict[int | None, _Plan] = {}
 
     def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Copy a call's arguments in; returns their leaves. Raises InputError, having copied nothing."""
-        expected = self._static.kwargs
-        if kwargs.keys() == expected.keys():
-            kwargs = {name: kwargs[name] for name in expected}  # keywords come in any order
-        given, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self._static.spec:
-            raise InputError(
-                "the arguments have another structure than the captured ones",
-                expected=str(self._static.spec),
-                came=str(spec),
-                remedy="call it as in the example inputs, or compile for this structure too",
-            )
-        for name, static, value in zip(self._names, self._static.leaves, given, strict=True):
-            _check(name, static, value)
-        if self._written or self._written_storages:
-            self._refuse_shared(given)
-        for static, value in zip(self._static.leaves, given, strict=True):
-            if isinstance(static, Tensor):
-                static.copy_(value)
+        given = self._arguments.leaves(args, kwargs)
+        self._arguments.rows(given)
+        self.load(given)
         return given
 
-    def leave(self, given: Sequence[Any]) -> Any:
+    def load(self, given: Sequence[Any], rows: int | None = None) -> None:
+        """Copy in leaves that fit, of so many rows, and pad them. Raises InputError, having copied nothing."""
+        if self.written or self._written_storages:
+            self._refuse_shared(given)
+        plan = self._plan(rows)
+        for position, place in plan.copied:
+            place.copy_(given[position])
+        for position, dim, indices, place in plan.repeated:
+            torch.index_select(given[position], dim, indices, out=place)
+        for place, value in plan.filled:
+            place.fill_(value)
+
+    def leave(self, given: Sequence[Any], rows: int | None = None) -> Any:
         """After the replay: write back what the model writes, and return its outputs."""
-        for position in self._written:
-            given[position].copy_(self._static.leaves[position])
-        if not self._passed_through:
-            return self._outputs
-        leaves = list(self._leaves)
+        plan = self._plan(rows)
+        for position, place in plan.back:
+            given[position].copy_(place)
+        if not self._passed_through and not self._copied:
+            return plan.outputs
+        leaves = list(plan.leaves)
         for index, position in self._passed_through:
             leaves[index] = given[position]
+        for index in self._copied:
+            leaves[index] = leaves[index].clone()
         return pytree.tree_unflatten(leaves, self._out_spec)
+
+    def _plan(self, rows: int | None) -> _Plan:
+        plan = self._plans.get(rows)
+        if plan is None:
+            with torch.inference_mode(False):
+                plan = self._plans[rows] = self._settle(rows)
+        return plan
+
+    def _settle(self, rows: int | None) -> _Plan:
+        leaves, padding = self.static.leaves, self.padding
+        places = {position: leaf for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        outputs = self.leaves
+        repeated: list[tuple[int, int, Tensor, Tensor]] = []
+        filled: list[tuple[Tensor, bool | int | float]] = []
+        copied = dict(places)
+        if padding is not None and rows is not None and rows < padding.size:
+            for position, (dim, value) in enumerate(zip(padding.inputs, padding.values, strict=True)):
+                if dim is None:
+                    continue
+                leaf = leaves[position]
+                places[position] = leaf.narrow(dim, 0, rows)
+                if value is None:
+                    del copied[position]
+                    repeated.append((position, dim, repeating(rows, padding.size, leaf.device), leaf))
+                else:
+                    copied[position] = places[position]
+                    filled.append((leaf.narrow(dim, rows, padding.size - rows), value))
+            pairs = zip(outputs, padding.outputs, strict=True)
+            outputs = [leaf if dim is None else leaf.narrow(dim, 0, rows) for leaf, dim in pairs]
+        return _Plan(
+            copied=tuple(copied.items()),
+            repeated=tuple(repeated),
+            filled=tuple(filled),
+            back=tuple((position, places[position]) for position in self.written),
+            leaves=outputs,
+            outputs=pytree.tree_unflatten(outputs, self._out_spec),
+        )
 
     def _refuse_shared(self, given: Sequence[Any]) -> None:
         """See the note "inputs that share memory"."""
         for position, value in enumerate(given):
             if not isinstance(value, Tensor):
                 continue
-            if _storage(value) in self._written_storages:
+            if storage_of(value) in self._written_storages:
                 raise self._shared(position, "a buffer of the model that the model writes")
-            if position not in self._written:
+            if position not in self.written:
                 continue
-            if _storage(value) in self._live_storages:
+            if storage_of(value) in self.live_storages:
                 raise self._shared(position, "the model's own tensors, or with an output of an earlier call")
             for other, another in enumerate(given):
                 if other != position and isinstance(another, Tensor) and _overlap(value, another):
@@ -140,12 +238,17 @@ class Calls:
         )
 
 
-def _storage(tensor: Tensor) -> int:
+def repeating(rows: int, size: int, device: torch.device) -> Tensor:
+    """The indices of `size` rows: `rows` of them, then the last one again."""
+    return torch.arange(size, device=device).clamp_(max=rows - 1)
+
+
+def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    if _storage(one) != _storage(other):
+    if storage_of(one) != storage_of(other):
         return False
     mine, theirs = _ranges(one), list(_ranges(other))
     return any(a < d and c < b for a, b in mine for c, d in theirs)
@@ -167,54 +270,3 @@ def _static(leaf: Any) -> Any:
             remedy="convert it (to_dense) and let the model take it so",
         )
     return leaf.detach().clone()
-
-
-def _check(name: str, static: Any, value: Any) -> None:
-    if not isinstance(static, Tensor):
-        if type(static) is not type(value) or not (static is value or static == value):
-            raise InputError(
-                f"input {name!r} is a constant of the captured graph",
-                expected=repr(static),
-                came=repr(value),
-                remedy="pass a tensor if it must vary, or compile for this value too",
-            )
-        return
-    if isinstance(value, FakeTensor):
-        raise InputError(
-            "a compiled model is called while another model is traced",
-            expected="tensors with values",
-            came=f"a traced stand-in for {name!r}",
-            remedy="compile the outer model alone: a graph holds no other graph",
-        )
-    if not isinstance(value, Tensor) or _kind(value) != _kind(static):
-        raise InputError(
-            f"input {name!r} differs from the captured one",
-            expected=_described(static),
-            came=_described(value) if isinstance(value, Tensor) else repr(value),
-            remedy="pad or move it, or compile for this shape too",
-        )
-
-
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
-
-
-def _described(tensor: Tensor) -> str:
-    layout = "" if tensor.layout is torch.strided else f" {tensor.layout}"
-    return f"{tuple(tensor.shape)} {tensor.dtype}{layout} on {tensor.device}"
-
-
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    match example_inputs:
-        case Tensor():
-            return (example_inputs,), {}
-        case Mapping():
-            return (), dict(example_inputs)
-        case tuple() | list():
-            return tuple(example_inputs), {}
-        case _:
-            raise InputError(
-                "example_inputs have no form compile() knows",
-                expected="a tuple or list (positional), a dict (keyword), or one tensor",
-                came=type(example_inputs).__name__,
-            )

@@ -6,14 +6,17 @@ Enters: keyword arguments or a YAML file, and `Settings`. Leaves: the options in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, Literal, cast
 
 import yaml
 
 from ..runtime.errors import SettingsError
 from ..runtime.settings import HANDOFF_VALUES, SETTINGS, VERIFY_VALUES, Handoff, Settings, Verify, parse_safety
+
+Mode = Literal["none", "full", "full_decode_only", "piecewise", "full_and_piecewise"]
+MODES: Final = ("none", "full", "full_decode_only", "piecewise", "full_and_piecewise")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,15 @@ class Options:
     """How a model is compiled.
 
     Attributes:
+        mode: `full` captures whole graphs; `none` captures nothing and runs the same steps op by op. The other names
+            that serving users know are not there yet.
+        buckets: token counts (batch sizes, in decode) to capture graphs for; the example inputs have the largest. A
+            call runs the smallest that holds it, padded. Empty: one graph, of the example's shapes.
+        token_dims: by input name, which dimension counts tokens, or None for an input that has none. What is not said
+            here is found, where the model leaves no choice.
+        pad: by input name, what padded rows hold; by default they repeat the call's last row. A model that writes
+            caches needs it, to send what padded rows write to memory that nobody reads.
+        copy_outputs: outputs are copies that last. By default they are the graph's own memory, until the next call.
         multi_stream_moe: run MoE shared-expert branches on auxiliary streams.
         handoff: `auto` proves lifetimes from the FX graph and records the rest; `record` calls `record_stream` on
             every tensor that crosses.
@@ -41,9 +53,15 @@ class Options:
     token_threshold: int | None = None
     warmup: int = 2
     dump_dir: str | Path | None = None
+    mode: Mode = "full"
+    buckets: tuple[int, ...] = ()
+    token_dims: Mapping[str, int | None] = field(default_factory=dict[str, int | None])
+    pad: Mapping[str, bool | int | float] = field(default_factory=dict[str, bool | int | float])
+    copy_outputs: bool = False
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
+            ("mode", self.mode, MODES),
             ("handoff", self.handoff, HANDOFF_VALUES),
             ("verify", self.verify, VERIFY_VALUES),
         ):
@@ -53,12 +71,16 @@ class Options:
         for name, count in (("warmup", self.warmup), ("token_threshold", self.token_threshold or 0)):
             if type(count) is not int or count < 0:
                 raise SettingsError(f"malformed option {name}", expected="an integer >= 0", came=repr(count))
-        for name in ("multi_stream_moe", "mlir_elementwise_fusion"):
+        for name in ("multi_stream_moe", "mlir_elementwise_fusion", "copy_outputs"):
             if type(getattr(self, name)) is not bool:
                 raise SettingsError(
                     f"malformed option {name}", expected="true or false", came=repr(getattr(self, name))
                 )
         parse_safety(self.fusion_safe, "option fusion_safe")
+        _check_buckets(self.buckets)
+        object.__setattr__(self, "buckets", tuple(sorted(self.buckets)))
+        _check_names("token_dims", self.token_dims, (int, type(None)), "a dimension, or null")
+        _check_names("pad", self.pad, (bool, int, float), "a number")
         if self.dump_dir is not None and not isinstance(self.dump_dir, str | Path):  # pyright: ignore
             raise SettingsError("malformed option dump_dir", expected="a folder", came=repr(self.dump_dir))
 
@@ -82,7 +104,8 @@ class Options:
         if unknown := [name for name in given if name not in known]:
             raise SettingsError(f"unknown option {unknown[0]!r} in {path}", expected="one of " + ", ".join(known))
         for name, value in given.items():
-            if isinstance(value, Mapping) and list(cast("Mapping[Any, Any]", value)) == ["enabled"]:
+            switch = name not in ("token_dims", "pad") and isinstance(value, Mapping)
+            if switch and list(cast("Mapping[Any, Any]", value)) == ["enabled"]:
                 given[name] = value["enabled"]
         if isinstance(given.get("dump_dir"), str):
             given["dump_dir"] = Path(given["dump_dir"])
@@ -100,3 +123,17 @@ class Options:
             token_threshold=self.token_threshold if settings.token_threshold is None else settings.token_threshold,
             dump_dir=settings.dump_dir or self.dump_dir,
         )
+
+
+def _check_buckets(buckets: Any) -> None:
+    counts = list(buckets) if isinstance(buckets, tuple | list) else [None]
+    if any(type(count) is not int or count < 1 for count in counts) or len(set(counts)) < len(counts):
+        raise SettingsError(
+            "malformed option buckets", expected="different integers >= 1, as in [1, 2, 4, 8]", came=repr(buckets)
+        )
+
+
+def _check_names(option: str, given: Any, kinds: tuple[type, ...], what: str) -> None:
+    entries = cast("Mapping[Any, Any]", given).items() if isinstance(given, Mapping) else [(None, None)]
+    if any(type(name) is not str or type(value) not in kinds for name, value in entries):
+        raise SettingsError(f"malformed option {option}", expected=f"input names, each with {what}", came=repr(given))

@@ -1,0 +1,144 @@
+"""What a call must look like: the structure, shapes, dtypes, devices and constants of the example inputs.
+
+Enters: the memory a graph was captured over, then the arguments of each call. Leaves: their leaves, and how many rows
+they have, if they may have fewer or more. Invariant: what differs in anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..runtime.errors import InputError
+
+Dims = tuple[int | None, ...]
+"""Per leaf, the dimension of its rows, one per token; None for a leaf that has none."""
+
+Kind = tuple[torch.Size, torch.dtype, torch.device, torch.layout]
+
+
+class Arguments:
+    """The arguments that fit.
+
+    Args:
+        leaves: the memory to compare with.
+        spec: the structure of `(args, kwargs)`.
+        names: of the leaves.
+        dims: the dimensions in which calls may differ, all together.
+    """
+
+    def __init__(
+        self, leaves: Sequence[Any], spec: pytree.TreeSpec, names: Sequence[str], dims: Dims | None = None
+    ) -> None:
+        self._leaves = leaves
+        self._spec = spec
+        self._names = names
+        self._dims: Dims = dims or (None,) * len(leaves)
+        self._keywords: dict[str, Any] = pytree.tree_unflatten(list(leaves), spec)[1]
+        self._counted = next((position for position, dim in enumerate(self._dims) if dim is not None), None)
+        self._kinds: dict[int | None, list[Kind | None]] = {}
+
+    def leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The leaves of a call's arguments. Raises InputError for another structure."""
+        expected = self._keywords
+        if kwargs.keys() == expected.keys():
+            kwargs = {name: kwargs[name] for name in expected}  # keywords come in any order
+        given, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self._spec:
+            raise InputError(
+                "the arguments have another structure than the captured ones",
+                expected=str(self._spec),
+                came=str(spec),
+                remedy="call it as in the example inputs, or compile for this structure too",
+            )
+        return given
+
+    def rows(self, given: Sequence[Any]) -> int | None:
+        """The rows of these leaves; None where every size is fixed. Raises InputError for leaves that do not fit."""
+        rows = None if self._counted is None else self._count(given[self._counted], self._counted)
+        kinds = self._kinds.get(rows)
+        if kinds is None:
+            kinds = self._kinds[rows] = [self._kind(position, rows) for position in range(len(given))]
+        for position, kind in enumerate(kinds):
+            value = given[position]
+            if kind is None:
+                self._check_constant(position, value)
+            elif not isinstance(value, Tensor) or isinstance(value, FakeTensor) or kind_of(value) != kind:
+                raise self._differs(position, kind, value)
+        return rows
+
+    def _count(self, value: Any, position: int) -> int:
+        dim = self._dims[position]
+        assert dim is not None
+        if not isinstance(value, Tensor) or value.dim() != self._leaves[position].dim():
+            raise self._differs(position, kind_of(self._leaves[position]), value)
+        return value.shape[dim]
+
+    def _kind(self, position: int, rows: int | None) -> Kind | None:
+        """What this leaf of a call with so many rows must be; None for a constant."""
+        leaf, dim = self._leaves[position], self._dims[position]
+        if not isinstance(leaf, Tensor):
+            return None
+        shape, *rest = kind_of(leaf)
+        if dim is not None:
+            assert rows is not None
+            shape = torch.Size((*shape[:dim], rows, *shape[dim + 1 :]))
+        return (shape, *rest)
+
+    def _check_constant(self, position: int, value: Any) -> None:
+        static = self._leaves[position]
+        if type(static) is not type(value) or not (static is value or static == value):
+            raise InputError(
+                f"input {self._names[position]!r} is a constant of the captured graph",
+                expected=repr(static),
+                came=repr(value),
+                remedy="pass a tensor if it must vary, or compile for this value too",
+            )
+
+    def _differs(self, position: int, kind: Kind, value: Any) -> InputError:
+        name = self._names[position]
+        if isinstance(value, FakeTensor):
+            return InputError(
+                "a compiled model is called while another model is traced",
+                expected="tensors with values",
+                came=f"a traced stand-in for {name!r}",
+                remedy="compile the outer model alone: a graph holds no other graph",
+            )
+        others = "" if self._counted in (None, position) else f", as {self._names[self._counted or 0]!r} has these rows"
+        return InputError(
+            f"input {name!r} differs from the captured one",
+            expected=_described(kind) + others,
+            came=_described(kind_of(value)) if isinstance(value, Tensor) else repr(value),
+            remedy="pad or move it, or compile for this shape too",
+        )
+
+
+def kind_of(tensor: Tensor) -> Kind:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
+
+
+def _described(kind: Kind) -> str:
+    shape, dtype, device, layout = kind
+    return f"{tuple(shape)} {dtype}{'' if layout is torch.strided else f' {layout}'} on {device}"
+
+
+def example_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments. Raises InputError for what is neither."""
+    match example_inputs:
+        case Tensor():
+            return (example_inputs,), {}
+        case Mapping():
+            return (), dict(example_inputs)
+        case tuple() | list():
+            return tuple(example_inputs), {}
+        case _:
+            raise InputError(
+                "example_inputs have no form compile() knows",
+                expected="a tuple or list (positional), a dict (keyword), or one tensor",
+                came=type(example_inputs).__name__,
+            )

@@ -1,0 +1,146 @@
+"""From one model to a graph per bucket, in one pool.
+
+Enters: a model, example inputs of the largest bucket, `Options`, and how one shape is compiled. Leaves: a
+`BucketedModel`. Invariant: no bucket leaves here whose padding may show in results, or in what the model writes, unless
+the user turned verification down.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..runtime.errors import AuxstreamWarning, CaptureError, InputError
+from .allocator import AllocatorModel
+from .arguments import Arguments
+from .buckets import BucketedModel
+from .compiled import CompiledModel
+from .inputs import Padding, StaticInputs
+from .options import Options
+from .padding import PaddingCheck, PaddingVerdict
+from .rows import Mixing, find_mixing
+from .size_effects import output_rows, refuse_size_effects
+from .sizes import Sizes
+from .trace import TracedGraph
+from .uncaptured import order_of_runs
+
+Values = tuple[bool | int | float | None, ...]
+
+
+class CompileShape(Protocol):
+    """How one graph is made; `pool`: the memory it shares with others."""
+
+    def __call__(self, static: StaticInputs, traced: TracedGraph, padding: Padding, pool: Any) -> CompiledModel: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """One bucket before it is compiled."""
+
+    fewest: int
+    """The smallest call it serves."""
+    traced: TracedGraph
+    padding: Padding
+    mixing: Mixing | None
+    """What is known of its rows; None for a bucket that is never padded, or with verification off."""
+
+
+def compile_buckets(
+    model: nn.Module, static: StaticInputs, options: Options, device: torch.device, compile_shape: CompileShape
+) -> BucketedModel:
+    """Trace and judge every bucket, then capture them, the largest first: the others fit into its memory. At last, run
+    those whose rows are not proved to keep apart."""
+    sizes = Sizes(model, static, options.buckets[-1], options.token_dims)
+    values = _pad_values(options, sizes, static)
+    example = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in static.leaves]
+    smallest = (1, *(size + 1 for size in options.buckets))
+    buckets = [_judged(sizes, *pair, values, options) for pair in zip(options.buckets, smallest, strict=False)]
+
+    pool = _new_pool(options, device)
+    compiled: dict[int, CompiledModel] = {}
+    for bucket in reversed(buckets):
+        size = bucket.padding.size
+        compiled[size] = compile_shape(sizes.inputs(size), bucket.traced, bucket.padding, pool)
+
+    verdicts: list[PaddingVerdict] = []
+    for bucket in buckets:
+        verdict = PaddingVerdict(bucket.padding.size, bucket.fewest, "not checked")
+        with _refusing(options):
+            verdict = _checked(model, bucket, compiled[bucket.padding.size], example, device)
+        verdicts.append(verdict)
+    arguments = Arguments(static.leaves, static.spec, sizes.names, sizes.dims)
+    return BucketedModel(model, compiled, arguments, tuple(verdicts))
+
+
+def _new_pool(options: Options, device: torch.device) -> Any:
+    """Memory that graphs share; where nothing is captured, the order of their runs."""
+    if options.mode == "none":
+        return order_of_runs(device)
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else AllocatorModel()
+
+
+def _judged(sizes: Sizes, size: int, fewest: int, values: Values, options: Options) -> _Bucket:
+    """What the graph of this bucket says of its rows, by itself and beside that of another size."""
+    traced = sizes.trace(size)
+    if fewest == size:
+        return _Bucket(fewest, traced, Padding(size, sizes.dims, (), values), None)
+    # Of one row a model may make something else that means the same (it broadcasts): not the one to compare with.
+    other = max(fewest, 2) if max(fewest, 2) < size else size + 1
+    outputs = output_rows(traced, sizes.trace(other), (size, other))
+    mixing = None
+    if options.verify != "off":
+        with _refusing(options):
+            refuse_size_effects(traced, sizes.trace(other), (size, other))
+        mixing = find_mixing(traced, sizes.dims, outputs)
+    return _Bucket(fewest, traced, Padding(size, sizes.dims, outputs, values), mixing)
+
+
+def _checked(
+    model: nn.Module, bucket: _Bucket, compiled: CompiledModel, example: Sequence[Any], device: torch.device
+) -> PaddingVerdict:
+    size = bucket.padding.size
+    if bucket.mixing is None:
+        return PaddingVerdict(size, bucket.fewest, "unpadded" if bucket.fewest == size else "not checked")
+    pairs = zip(example, bucket.padding.inputs, strict=True)
+    rows = [leaf if dim is None else leaf.narrow(dim, 0, size) for leaf, dim in pairs]
+    return PaddingCheck(model, compiled, bucket.traced, rows, bucket.fewest, bucket.mixing).verdict(device)
+
+
+@contextmanager
+def _refusing(options: Options) -> Generator[None]:
+    """Padding that may show is refused; with `verify="warn"`, only said."""
+    try:
+        yield
+    except CaptureError as error:
+        if options.verify == "error":
+            raise
+        warnings.warn(str(error), AuxstreamWarning, stacklevel=5)
+
+
+def _pad_values(options: Options, sizes: Sizes, static: StaticInputs) -> Values:
+    """Per input what padded rows hold, None for what is not said. Raises InputError for a name or value of no input."""
+    rows = {
+        name: leaf for name, leaf, dim in zip(sizes.names, static.leaves, sizes.dims, strict=True) if dim is not None
+    }
+    for name, value in options.pad.items():
+        if name not in rows:
+            raise InputError(
+                f"pad names {name!r}",
+                expected="an input with rows: one of " + ", ".join(rows),
+                came=f"another of {', '.join(sizes.names)}" if name in sizes.names else "a name that no input has",
+                remedy="correct the name, or take it out",
+            )
+        dtype = rows[name].dtype
+        if not dtype.is_floating_point and not dtype.is_complex:
+            bounds = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+            if not float(value).is_integer() or not bounds[0] <= value <= bounds[1]:
+                raise InputError(
+                    f"pad value of {name!r} does not fit", expected=f"a value of {dtype}", came=repr(value)
+                )
+    return tuple(options.pad.get(name) for name in sizes.names)
