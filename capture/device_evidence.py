@@ -33,11 +33,13 @@ from .program import Buffer, Op, Program, TensorRef
 from .record import HOST, OWN_NAMESPACES
 
 ALWAYS: Final = (
-    "memory reached through addresses in device memory, tensor-map descriptors or host callbacks is not seen"
+    "memory reached through addresses in device memory, tensor-map descriptors or host callbacks is not seen, nor is "
+    "memory that neither torch allocated nor a tensor lies in"
 )
 EARLY: Final = "kernels of torch's own ops that start early (programmatic edges) wait before they touch memory"
 LOST: Final = "memory that ops take and free inside themselves: torch's memory history was lost in mid-capture"
 MOST_LISTED: Final = 12
+GENERATOR_STATE: Final = 512  # bytes of the allocator's smallest block, for a seed or an offset
 _WORKING: Final = frozenset({"kernel", "memcpy", "memset", "host", "batch memop"})
 
 
@@ -236,7 +238,7 @@ class _Attribution:
             place = (block.address, block.nbytes) if block is not None else self._memory.older(address)
             if place is None:
                 continue  # memory that is free: a leftover
-            if torch.Tag.nondeterministic_seeded in op.func.tags:
+            if torch.Tag.nondeterministic_seeded in op.func.tags and place[1] <= GENERATOR_STATE:
                 self._noted[f"`{op.name}` reads its generator's state, and nothing else it did not declare"] += 1
                 continue
             found[self._whole(*place, f"workspace of {op.name}"), True] = None
@@ -305,6 +307,7 @@ class _Attribution:
         place = (block.address, block.nbytes) if block is not None else self._memory.older(address)
         if place is not None:
             return self._whole(*place, "memory of no recorded tensor")
+        self._noted["memory torch did not allocate is told apart by the addresses that kernels are given"] += 1
         return self._whole(address, 1, "memory torch did not allocate")
 
     def _bytes(self, start: int, stop: int, moment: int) -> TensorRef:

@@ -70,14 +70,6 @@ class DeviceNode:
     parameters: tuple[bytes, ...] = ()
     accesses: tuple[Access, ...] = ()
 
-    @property
-    def words(self) -> tuple[int, ...]:
-        """Every aligned 8-byte word of the parameters that is not zero: candidate pointers."""
-        found: list[int] = []
-        for parameter in self.parameters:
-            found += struct.unpack_from(f"<{len(parameter) // 8}Q", parameter)
-        return tuple(filter(None, found))
-
 
 class _Function(NamedTuple):
     """What all nodes of one kernel share. `sizes`: bytes of each parameter, or why the driver does not tell."""

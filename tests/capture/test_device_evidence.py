@@ -192,13 +192,23 @@ def test_a_workspace_that_two_streams_share(where: str) -> None:
     assert report(graph(*apart), (first, second), blocks=BLOCKS, before=((WORKSPACE, 0x1000),)).ok
 
 
+@pytest.mark.parametrize(("before", "seen"), [(b"", True), (bytes(8), True), (bytes(4), False)])
+def test_words_are_whole_and_aligned(before: bytes, seen: bool) -> None:
+    """An address in a struct lies at a multiple of eight; other parameters may have any length."""
+    struct = before + WORKSPACE.to_bytes(8, "little") + bytes(4)
+    first, second = op(MAIN, aten.mm.default, (0,), (1,)), op(AUX, aten.mm.default, (0,), (2,))
+    nodes = [DeviceNode(handle, "kernel", "k", 0, (b"\xff" * 7, struct), ()) for handle in (101, 102)]
+    assert bool(report(graph(*nodes), (first, second), before=((WORKSPACE, 0x1000),)).races) is seen
+
+
 def test_a_generator_s_state_is_only_read() -> None:
     drop = torch.ops.aten.bernoulli.p
     first, second = op(MAIN, drop, (0,), (1,)), op(AUX, drop, (0,), (2,))
     nodes = (kernel(101, OUTSIDE, A, WORKSPACE), kernel(102, OUTSIDE, B, WORKSPACE))
-    found = report(graph(*nodes), (first, second), before=((WORKSPACE, 0x1000),))
+    found = report(graph(*nodes), (first, second), before=((WORKSPACE, 512),))
     assert found.ok
     assert any("generator" in text for text in found.assumptions)
+    assert report(graph(*nodes), (first, second), before=((WORKSPACE, 0x1000),)).races  # that is a workspace
 
 
 def test_an_address_of_another_tensor_is_an_assumption() -> None:
@@ -264,6 +274,17 @@ def test_a_triton_kernel_outside_of_any_op() -> None:
     ordered = graph(*nodes, edges=((0, 1), (1, 2)))
     assert report(ordered, owners=owners, triton=reads_b).ok
     assert len(report(graph(*nodes, edges=((0, 1),)), owners=owners, triton=reads_b).races) == 3
+
+
+def test_memory_torch_did_not_allocate_is_told_by_its_address() -> None:
+    foreign = 1 << 40
+    owners: dict[int, int | None] = {101: 0, 102: 1, 103: None, 104: None}
+    writes = OneTriton(Parameter("p", 0, False, True))
+    for second, races in ((foreign, 1), (foreign + 64, 0)):
+        nodes = (kernel(101), kernel(102), kernel(103, foreign, function=7), kernel(104, second, function=7))
+        found = report(graph(*nodes, edges=((0, 1),)), owners=owners, triton=writes)
+        assert len(found.races) == races
+        assert any("torch did not allocate" in text for text in found.assumptions[1:])
 
 
 @pytest.mark.parametrize("ordered", [False, True])
