@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from ..kernels import accesses
 from ..kernels.dataflow import Dataflow
+from ..kernels.routing import is_floating
 
 _FIRST_FACTOR: Final = {
     "linear": 0,
@@ -89,38 +90,38 @@ def cost_of(flow: Dataflow, node: Node) -> Cost:
 
 def _touched(flow: Dataflow, node: Node, argument: Node, made: int) -> int:
     """A bound on the bytes of `argument` that `node` can touch; the caller takes the argument's size where smaller."""
-    whole = _bytes(argument)
-    indices = _indices(node)
-    if not indices or argument in indices or _pointwise(node):
+    whole, indices = _bytes(argument), _indices(node)
+    if is_stacked(flow, argument) and (_is_others(node) or (indices and _is_product(node))):
+        return whole // max(_shape(argument)[0], 1) * _picks(flow, node, argument)
+    if not indices or argument in indices or _is_product(node) or _is_pointwise(node):
         return whole
     if flow.storages[argument] & flow.writes[node]:
         width = max(leaf.element_size() for leaf in accesses.tensors(argument))
         given = [_bytes(a) for a in node.all_input_nodes if a is not argument and a not in indices]
         return max(given + [_count(a) * width for a in indices])
-    if is_stacked(flow, argument) and _is_product(node):
-        return whole // argument.meta["val"].shape[0] * _picks(flow, node, argument)
-    return whole if _is_product(node) else made
+    return made or whole
 
 
 def _flops(flow: Dataflow, node: Node) -> int:
-    name, values = _name(node), [_value(a) for a in (*node.args, *node.kwargs.values())]
-    if name in _FIRST_FACTOR and (factor := values[_FIRST_FACTOR[name]]) is not None and factor.dim():
-        return 2 * sum(leaf.numel() for leaf in accesses.tensors(node)) * factor.shape[-1]
-    if name.startswith(("conv1d", "conv2d", "conv3d", "convolution")) and (weight := values[1]) is not None:
-        return 2 * sum(leaf.numel() for leaf in accesses.tensors(node)[:1]) * weight[0].numel()
-    if "scaled_dot_product" in name and len(values) > 2 and all(v is not None and v.dim() == 4 for v in values[:3]):
-        query, key, value = (v.shape for v in values[:3] if v is not None)
+    name = _name(node)
+    shapes = [_shape(a) for a in (*node.args, *node.kwargs.values())]
+    if name in _FIRST_FACTOR and (factor := shapes[_FIRST_FACTOR[name]]):
+        return 2 * _count(node) * factor[-1]
+    if name.startswith(("conv1d", "conv2d", "conv3d", "convolution")):
+        return 2 * _count(node) * math.prod(shapes[1][1:])
+    if "scaled_dot_product" in name and all(len(shape) == 4 for shape in shapes[:3]):
+        query, key, value = shapes[:3]
         return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
     if name == "einsum":
         return _einsum(node)
-    if not _is_product(node):
+    if not _is_others(node):
         return 0
     total = 0
     for weight in node.all_input_nodes:
         if is_stacked(flow, weight):
-            total += 2 * _picks(flow, node, weight, distinct=False) * math.prod(weight.meta["val"].shape[1:])
-        elif flow.constants >> flow.index[weight] & 1 and weight.meta["val"].dim() == 2:
-            total += 2 * _rows(flow, node) * weight.meta["val"].numel()
+            total += 2 * _picks(flow, node, weight, distinct=False) * math.prod(_shape(weight)[1:])
+        elif flow.constants >> flow.index[weight] & 1 and len(_shape(weight)) == 2:
+            total += 2 * _rows(flow, node) * _count(weight)
     return total
 
 
@@ -130,27 +131,27 @@ def _einsum(node: Node) -> int:
     terms = str(equation).replace(" ", "").split("->")[0].split(",")
     sizes: dict[str, int] = {}
     for term, tensor in zip(terms, tensors, strict=False):
-        sizes.update(zip(term, tensor.meta["val"].shape, strict=False))
+        sizes.update(zip(term, _shape(tensor), strict=False))
     return 2 * math.prod(sizes.values()) if len(terms) == len(tensors) == 2 and "." not in sizes else 0
 
 
 def _is_product(node: Node) -> bool:
-    """A product by name, or an op of others, which may be one."""
-    target = node.target
-    if isinstance(target, OpOverload) and target.namespace in ("aten", _FUSED):
-        return _name(node) in (*_FIRST_FACTOR, "einsum")
-    return isinstance(target, OpOverload)
+    return _name(node) in (*_FIRST_FACTOR, "einsum") or _is_others(node)
+
+
+def _is_others(node: Node) -> bool:
+    """Whether the op is of another library, and may be anything: a product with the weights that it reads."""
+    return isinstance(node.target, OpOverload) and node.target.namespace not in ("aten", _FUSED)
 
 
 def is_stacked(flow: Dataflow, node: Node) -> bool:
     """A weight with a slice for each expert."""
-    value = node.meta.get("val")
-    return bool(flow.constants >> flow.index[node] & 1) and isinstance(value, Tensor) and value.dim() >= 3
+    return bool(flow.constants >> flow.index[node] & 1) and len(_shape(node)) >= 3
 
 
 def _picks(flow: Dataflow, node: Node, weight: Node, *, distinct: bool = True) -> int:
     """How many of a stacked weight's slices a product uses; each may be used several times, if not `distinct`."""
-    experts = weight.meta["val"].shape[0]
+    experts = _shape(weight)[0]
     indices = _indices(node)
     # One integer per slice says where its rows end; otherwise there is one integer per use.
     uses = _rows(flow, node) if all(_count(a) == experts for a in indices) else sum(_count(a) for a in indices)
@@ -159,16 +160,15 @@ def _picks(flow: Dataflow, node: Node, weight: Node, *, distinct: bool = True) -
 
 def _rows(flow: Dataflow, node: Node) -> int:
     """Rows of the widest activation that `node` reads."""
-    moving = [a.meta.get("val") for a in node.all_input_nodes if not flow.constants >> flow.index[a] & 1]
-    floating = [v for v in moving if isinstance(v, Tensor) and v.is_floating_point() and v.dim()]
-    return max((v.numel() // v.shape[-1] for v in floating if v.shape[-1]), default=0)
+    moving = [a for a in node.all_input_nodes if not flow.constants >> flow.index[a] & 1 and is_floating(a)]
+    return max((math.prod(_shape(a)[:-1]) for a in moving if _shape(a)), default=0)
 
 
 def _indices(node: Node) -> list[Node]:
-    return [a for a in node.all_input_nodes if (v := _value(a)) is not None and v.dtype in _INTEGERS and v.dim()]
+    return [a for a in node.all_input_nodes if _shape(a) and a.meta["val"].dtype in _INTEGERS]
 
 
-def _pointwise(node: Node) -> bool:
+def _is_pointwise(node: Node) -> bool:
     return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
@@ -176,20 +176,33 @@ def _name(node: Node) -> str:
     return node.target._schema.name.split("::")[-1] if isinstance(node.target, OpOverload) else ""
 
 
-def _value(argument: Any) -> Tensor | None:
+def _shape(argument: Any) -> tuple[int, ...]:
+    """Of a node's tensor; empty for whatever else an argument may be."""
     value = argument.meta.get("val") if isinstance(argument, Node) else None
-    return value if isinstance(value, Tensor) else None
-
-
-def _bytes(node: Node) -> int:
-    return sum(_size(leaf) for leaf in accesses.tensors(node))
+    return _sizes(value) if isinstance(value, Tensor) else ()
 
 
 def _count(node: Node) -> int:
-    return sum(leaf.numel() for leaf in accesses.tensors(node))
+    return sum(math.prod(_sizes(leaf)) for leaf in accesses.tensors(node))
 
 
-def _size(tensor: Tensor) -> int:
-    """Bytes of memory behind a tensor: what it repeats (a stride of 0) counts once."""
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return math.prod(size for size, stride in sizes if stride or not size) * tensor.element_size()
+def _bytes(node: Node) -> int:
+    """Of the memory behind a node's tensors: what they repeat (a stride of 0) counts once."""
+    total = 0
+    for leaf in accesses.tensors(node):
+        strides = leaf.stride() if leaf.layout == torch.strided else (1,) * leaf.dim()
+        repeated = (_hint(stride) == 0 for stride in strides)
+        sizes = (1 if again and size else size for size, again in zip(_sizes(leaf), repeated, strict=True))
+        total += math.prod(sizes) * leaf.element_size()
+    return total
+
+
+def _sizes(tensor: Tensor) -> tuple[int, ...]:
+    """A symbolic size counts as what it was traced with, or as one: asking for its value would pin the graph to it."""
+    return tuple(_hint(size) for size in tensor.shape)
+
+
+def _hint(size: Any) -> int:
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else 1
