@@ -130,8 +130,8 @@ def _functions() -> Iterator[Case]:
 ERF = FUNCTION if DEVICE == "cuda" else replace(FUNCTION, absolute=1e-6)
 """The CPU's erf is off near zero, by parts of one."""
 GELU = replace(FUNCTION, absolute=1e-6) if DEVICE == "cuda" else replace(ERF, ulp=2, share=0.1)
-"""The CPU has a formula of its own, with infinities where this one has numbers, and float16 rounded between steps. On CUDA
-1 + erf cancels from -5 down: what is left there is one unit of erf's last place, or two."""
+"""The CPU has a formula of its own, with infinities where this one has numbers, and float16 rounded between steps. On
+CUDA 1 + erf cancels from -5 down: what is left there is one unit of erf's last place, or two."""
 
 
 def _bounds() -> Iterator[Case]:
