@@ -23,7 +23,6 @@ from ..runtime.machine import current_machine, using_machine
 from .graphs import OwnGraph
 from .proof import Report, verify
 from .record import Recorder
-from .refusals import Refusals
 from .streams import InlineStreams, RecordingMachine
 
 
@@ -99,7 +98,7 @@ class _Capture:
         if not isinstance(below, CudaMachine):
             below = InlineStreams(CudaMachine().current_handle)
         self._unrecorded: dict[str, None] = {}
-        self._recorder = Recorder(allocator=None, watch="off", refusals=Refusals(self._unrecorded))
+        self._recorder = Recorder(allocator=None, watch="off", noted=self._unrecorded)
         self._machine = RecordingMachine(below, self._recorder)
         self._below = below
         self._thread = threading.get_ident()

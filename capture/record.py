@@ -72,14 +72,17 @@ class _Inside:
 
 
 class Recorder(TorchDispatchMode):
-    """Fills a program. `allocator` None: the addresses are the device's own (a CUDA capture is under way). `refusals`:
-    what becomes of what cannot be recorded."""
+    """Fills a program. `allocator` None: the addresses are the device's own (a CUDA capture is under way). `noted`: the
+    capture is somebody else's. Nothing is refused but noted here, and nothing is kept alive."""
 
     supports_higher_order_operators = True  # that is, they come here to be refused
 
-    def __init__(self, *, allocator: AllocatorModel | None, watch: Verify, refusals: Refusals | None = None) -> None:
+    def __init__(
+        self, *, allocator: AllocatorModel | None, watch: Verify, noted: dict[str, None] | None = None
+    ) -> None:
         super().__init__()
-        self.refusals = Refusals() if refusals is None else refusals
+        self.refusals = Refusals(noted)
+        self._keeps = noted is None
         self.allocator = allocator
         self.device_type = "cpu" if allocator is not None else "cuda"
         self.watch: Verify = watch
@@ -140,19 +143,20 @@ class Recorder(TorchDispatchMode):
             if self.allocator is not None:
                 self.allocator.free(self.buffers[storage.buffer].address)
 
-    def buffer_of(self, tensor: Tensor, label: str = "") -> int:
-        """The buffer of a tensor's storage. One not seen before comes from outside and is kept alive from now on."""
+    def buffer_of(self, tensor: Tensor) -> int:
+        """The buffer of a tensor's storage. One not seen before comes from outside and is kept alive from now on; not
+        in a capture of somebody else's, where memory must be used again as it would have been."""
         storage = tensor.untyped_storage()
         known = self._storages.get(storage._cdata)
         if known is not None:
             return known.buffer
         buffer = len(self.buffers)
-        self.buffers.append(
-            Buffer(storage.data_ptr(), storage.nbytes(), None, label or f"outside tensor {tuple(tensor.shape)}")
-        )
+        label = f"outside tensor {tuple(tensor.shape)}"
+        self.buffers.append(Buffer(storage.data_ptr(), storage.nbytes(), None, label))
         self._storages[storage._cdata] = _Storage(storage, buffer)
-        with torch.inference_mode(False):  # or replays outside of it could not write there
-            self.outside[buffer] = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        if self._keeps:
+            with torch.inference_mode(False):  # or replays outside of it could not write there
+                self.outside[buffer] = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
         return buffer
 
     def _allocate(self, tensor: Tensor, stream: int, label: str) -> int:
@@ -236,9 +240,8 @@ class Recorder(TorchDispatchMode):
         for tensor in writes:
             storage = tensor.untyped_storage()
             if storage._cdata in self._storages:
-                self.refusals.meets(
-                    refuse_resizing, func, self.buffers[self.buffer_of(tensor)].nbytes, storage.nbytes()
-                )
+                before = self.buffers[self.buffer_of(tensor)].nbytes
+                self.refusals.meets(refuse_resizing, func, before, storage.nbytes())
         fresh = self._fresh(result, stream, func)
         made = tuple(ref for ref in fresh if ref is not None)
         if not made and (views or not (write_refs or (read_refs and result is None))):

@@ -31,7 +31,7 @@ class Refusals:
     """What becomes of what cannot be recorded. `noted`: of a capture that is only looked at, what that was; None: it is
     refused."""
 
-    def __init__(self, noted: dict[str, None] | None = None) -> None:
+    def __init__(self, noted: dict[str, None] | None) -> None:
         self._noted = noted
 
     def meets(self, refuse: Callable[..., None], *given: Any) -> bool:

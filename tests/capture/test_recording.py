@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,6 @@ from auxstream.capture.graphs import SimulatedGraph
 from auxstream.capture.program import Op, Wait
 from auxstream.capture.proof import verify
 from auxstream.capture.record import Recorder
-from auxstream.capture.refusals import Refusals
 from auxstream.runtime.errors import CaptureError, HostReadError, RaceError
 from auxstream.runtime.regions import open_region
 
@@ -111,6 +112,29 @@ def test_a_custom_op_on_the_host_runs_its_kernel_for_the_host() -> None:
 # --- captures of somebody else ----------------------------------------------------------------------------------------
 
 
+def onlooker(noted: dict[str, None]) -> Recorder:
+    """As under a CUDA capture: the addresses are the tensors' own."""
+    recorder = Recorder(allocator=None, watch="off", noted=noted)
+    recorder.device_type = "cpu"
+    return recorder
+
+
+class Bytes(np.ndarray[Any, Any]):
+    """Memory that weak references can point to."""
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_capture_of_somebody_else_keeps_nothing_alive(own: bool) -> None:
+    """Else memory that its code hands out again would not be handed out again, and what is proved be another graph."""
+    recorder = Recorder(allocator=AllocatorModel(), watch="off") if own else onlooker({})
+    memory = np.ones(64, np.float32).view(Bytes)
+    alive = weakref.ref(memory)
+    with recorder:
+        _ = torch.from_numpy(memory) + 1  # made by no op: to the recorder it comes from outside
+        del memory
+        assert (alive() is not None) is own
+
+
 def resized(x: Tensor) -> Tensor:
     out = torch.empty(0)
     torch.add(x, x, out=out.resize_(0))
@@ -132,7 +156,7 @@ def test_what_cannot_be_recorded_runs_all_the_same(run: Callable[[Tensor], Tenso
     library()
     x = torch.ones(2, 2)
     noted: dict[str, None] = {}
-    with Recorder(allocator=AllocatorModel(), watch="off", refusals=Refusals(noted)):
+    with onlooker(noted):
         result = run(x).clone()
         x.add_(1)
     assert torch.equal(result, run(torch.ones(2, 2)))
