@@ -279,13 +279,13 @@ class _Attribution:
 
     def _tensor_at(self, address: int, moment: int) -> int | None:
         """The program's buffer that holds `address` at that moment."""
+        block = self._memory.at(address, moment)
+        if block is not None:
+            return self._born.get((block.address, block.born))
         index = bisect_right(self._outside, (address, 1 << 62, 0)) - 1
         if index >= 0 and address < self._outside[index][0] + self._outside[index][1]:
             return self._outside[index][2]
-        block = self._memory.at(address, moment)
-        if block is None:
-            return None
-        return self._born.get((block.address, block.born))
+        return None
 
     @cached_property
     def _born(self) -> dict[tuple[int, int], int]:

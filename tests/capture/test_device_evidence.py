@@ -219,6 +219,18 @@ def test_an_address_of_another_tensor_is_an_assumption() -> None:
     assert any("`neg.default`" in text and "`add`" in text for text in found.assumptions)
 
 
+def test_a_workspace_where_a_tensor_of_no_op_lay_before() -> None:
+    """Generated code makes tensors without an op: what they are is known when an op meets them, but not how long."""
+    first, second = op(MAIN, aten.mm.default, (0,), (1,)), op(AUX, aten.mm.default, (0,), (2,))
+    nodes = graph(kernel(101, OUTSIDE, A, WORKSPACE), kernel(102, OUTSIDE, B, WORKSPACE))
+    met = Program((first, second), (*BUFFERS, Buffer(WORKSPACE, SIZE, None, "outside tensor")), {MAIN: "caller"}, 0)
+    moments = {101: during(0), 102: during(1)}
+    for workspace, races in (((), 0), ((Block(WORKSPACE, 0x1000, after(-1), None),), 1)):
+        memory = Memory((*BLOCKS, *workspace), (), SEGMENTS)
+        found = verify(from_capture(met, nodes, moments, memory, NoTriton()))
+        assert len(found.races) == races
+
+
 # --- work without an op -----------------------------------------------------------------------------------------------
 
 
