@@ -31,7 +31,7 @@ from ..kernels.accesses import hidden_writes
 from ..runtime.errors import AuxstreamError, CaptureError, RaceError
 from .graphs import LAUNCH_OBSERVERS, OBSERVERS, CapturedGraph
 from .program import TensorRef
-from .signatures import arguments, is_composite, is_view, tensors_in
+from .signatures import arguments, in_parts, is_view, tensors_in
 from .source import source_line
 from .timeline import Conflict, Footprint, Launches, Span, Timeline, Use
 
@@ -158,11 +158,9 @@ class Watch(TorchDispatchMode):
             return func(*args, **kwargs)
         if any(map(is_traceable_wrapper_subclass, (*tensors_in(args), *tensors_in(kwargs)))):
             return NotImplemented  # it unwraps itself, and its inner ops come here
-        if is_composite(func):
-            with self:  # in inference mode ops arrive whole that elsewhere arrive in parts
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+        parts = in_parts(self, func, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         if not _looks_at_metadata(func):
             self._check(func, args, kwargs)
         return func(*args, **kwargs)

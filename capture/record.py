@@ -32,7 +32,7 @@ from .allocator import AllocatorModel
 from .handing import Handing, Verdict
 from .program import Buffer, Op, Program, Record, Step, TensorRef, Wait
 from .refusals import Refusals, refuse_functions, refuse_host_traffic, refuse_layouts, refuse_resizing
-from .signatures import arguments, is_composite, is_view, replaced, tensors_in
+from .signatures import arguments, in_parts, is_view, replaced, tensors_in
 from .source import source_line
 
 HOST: Final = -1
@@ -199,11 +199,9 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if any(type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor) for tensor in tensors):
             return NotImplemented  # the subclass unwraps itself, and its inner ops come here
-        if is_composite(func):
-            with self:  # in inference mode ops arrive whole that elsewhere arrive in parts
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+        parts = in_parts(self, func, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         if func is _aten.lift_fresh.default and self.allocator is not None:
             with self:  # torch.tensor(...): made anew by every replay, as if the block ran again
                 return args[0].clone()

@@ -7,11 +7,12 @@ ops take (tensors, and lists of them): torch's pytree costs as much as the op it
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # In-place ops that overwrite without reading; every other written argument counts as read too.
 _OVERWRITES: Final = frozenset(
@@ -49,10 +50,18 @@ def arguments(func: Any) -> tuple[Argument, ...]:
 
 
 @functools.cache
-def is_composite(func: Any) -> bool:
-    """Whether the op is made of others, and may arrive whole all the same (in inference mode)."""
+def _is_composite(func: Any) -> bool:
     implicit = "CompositeImplicitAutograd"
     return _IMPLICIT in func.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), implicit)
+
+
+def in_parts(mode: TorchDispatchMode, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call an op that is made of others, so that those come to `mode`: in inference mode it arrives whole.
+    NotImplemented for any other op."""
+    if not _is_composite(func):
+        return NotImplemented
+    with mode:
+        return func.decompose(*args, **kwargs)
 
 
 @functools.cache

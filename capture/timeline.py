@@ -14,6 +14,8 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .hazards import union
+
 Span = tuple[int, int]
 Spans = tuple[Span, ...]
 Clock = dict[int, int]
@@ -90,7 +92,7 @@ class Footprint:
     @classmethod
     def of(cls, reads: Iterable[Span], writes: Iterable[Span]) -> Footprint:
         """From spans in any order, which may overlap."""
-        return cls(_union(reads), _union(writes))
+        return cls(*(tuple(union(s for s in spans if s[0] < s[1])) for spans in (reads, writes)))
 
     def conflict(self, other: Footprint) -> Span | None:
         """Bytes that both touch and one of them writes, if there are any."""
@@ -99,18 +101,6 @@ class Footprint:
             or _meeting(self.writes, other.reads)
             or _meeting(self.reads, other.writes)
         )
-
-
-def _union(spans: Iterable[Span]) -> Spans:
-    merged: list[Span] = []
-    for start, stop in sorted(spans):
-        if start >= stop:
-            continue
-        if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(stop, merged[-1][1])
-        else:
-            merged.append((start, stop))
-    return tuple(merged)
 
 
 def _meeting(one: Spans, other: Spans) -> Span | None:
