@@ -39,15 +39,19 @@ class Arguments:
         self._spec = spec
         self._names = names
         self._dims: Dims = dims or (None,) * len(leaves)
-        self._keywords: dict[str, Any] = pytree.tree_unflatten(list(leaves), spec)[1]
+        args, keywords = pytree.tree_unflatten(list(leaves), spec)
+        self._positional = len(args)
+        self._keywords: dict[str, Any] = keywords
+        self._flat = all(_is_leaf(value) for value in (*args, *keywords.values()))
         self._counted = next((position for position, dim in enumerate(self._dims) if dim is not None), None)
         self._kinds: dict[int | None, list[Kind | None]] = {}
 
     def leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The leaves of a call's arguments. Raises InputError for another structure."""
-        expected = self._keywords
-        if kwargs.keys() == expected.keys():
-            kwargs = {name: kwargs[name] for name in expected}  # keywords come in any order
+        if kwargs.keys() == self._keywords.keys():
+            if self._flat and len(args) == self._positional:  # the usual call: nothing to take apart
+                return [*args, *(kwargs[name] for name in self._keywords)]
+            kwargs = {name: kwargs[name] for name in self._keywords}  # keywords come in any order
         given, spec = pytree.tree_flatten((args, kwargs))
         if spec != self._spec:
             raise InputError(
@@ -84,11 +88,11 @@ class Arguments:
         leaf, dim = self._leaves[position], self._dims[position]
         if not isinstance(leaf, Tensor):
             return None
-        shape, *rest = kind_of(leaf)
+        shape = leaf.shape
         if dim is not None:
             assert rows is not None
             shape = torch.Size((*shape[:dim], rows, *shape[dim + 1 :]))
-        return (shape, *rest)
+        return shape, leaf.dtype, leaf.device, leaf.layout
 
     def _check_constant(self, position: int, value: Any) -> None:
         static = self._leaves[position]
@@ -116,6 +120,11 @@ class Arguments:
             came=_described(kind_of(value)) if isinstance(value, Tensor) else repr(value),
             remedy="pad or move it, or compile for this shape too",
         )
+
+
+def _is_leaf(value: Any) -> bool:
+    leaves = pytree.tree_leaves(value)
+    return len(leaves) == 1 and leaves[0] is value
 
 
 def kind_of(tensor: Tensor) -> Kind:

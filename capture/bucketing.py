@@ -90,15 +90,25 @@ def _judged(sizes: Sizes, size: int, fewest: int, values: Values, options: Optio
     traced = sizes.trace(size)
     if fewest == size:
         return _Bucket(fewest, traced, Padding(size, sizes.dims, (), values), None)
-    # Of one row a model may make something else that means the same (it broadcasts): not the one to compare with.
-    other = max(fewest, 2) if max(fewest, 2) < size else size + 1
-    outputs = output_rows(traced, sizes.trace(other), (size, other))
+    others = _others(sizes, fewest, size)
+    outputs = output_rows(traced, sizes.trace(others[0]), (size, others[0]))
     mixing = None
     if options.verify != "off":
         with _refusing(options):
-            refuse_size_effects(traced, sizes.trace(other), (size, other))
+            for other in others:
+                refuse_size_effects(traced, sizes.trace(other), (size, other))
         mixing = find_mixing(traced, sizes.dims, outputs)
     return _Bucket(fewest, traced, Padding(size, sizes.dims, outputs, values), mixing)
+
+
+def _others(sizes: Sizes, fewest: int, size: int) -> list[int]:
+    """The sizes whose traces to lay beside that of a bucket: the smallest it serves, and one where the model's own
+    Python may do something else. One row comes last: there a model may do what means the same (it broadcasts)."""
+    served = range(max(fewest, 2), size)
+    if not served:
+        return [sizes.largest if sizes.largest > size else 1]
+    unlike = sizes.first_unlike(served)
+    return [served[0]] if unlike in (None, served[0]) else [served[0], unlike]
 
 
 def _checked(

@@ -114,7 +114,7 @@ class _Reader:
         if not old or all(one == FREE for one in given):
             return
         for argument in node.all_input_nodes:
-            if self._flow.storages[argument] & old and self._classes[argument] != found:
+            if self._flow.storages[argument] & old and (found == MIXED or self._classes[argument] != found):
                 self._mixed |= self._flow.storages[argument] & old
         for storage in old:
             owner = self._flow.owner[storage]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -28,9 +28,6 @@ from ..runtime.errors import CaptureError
 from .arguments import Dims
 from .state import bits
 from .trace import TracedGraph, where
-
-_VALUES: Final = ("number", "float", "bool", "complex", "str")
-"""Types of arguments, as schemas name them, that are values and no sizes."""
 
 
 def output_rows(large: TracedGraph, small: TracedGraph, sizes: tuple[int, int]) -> Dims:
@@ -87,11 +84,13 @@ def _varying(here: _Sided, there: _Sided, sizes: tuple[int, int]) -> set[int]:
     varying: set[int] = set()
     for one, other in itertools.zip_longest(here.nodes, there.nodes):
         if one is None or other is None or one.op != other.op or (one.op != "get_attr" and one.target != other.target):
+            place = one if one is not None else other
+            assert place is not None
             raise CaptureError(
                 f"the model runs other ops for {sizes[0]} rows than for {sizes[1]}",
                 expected=f"the same, for the graph of {sizes[0]} rows serves calls of {sizes[1]}, padded",
                 came=f"{getattr(one, 'target', 'nothing more')} here and {getattr(other, 'target', 'nothing more')} "
-                f"there, at {where(one or other)}",
+                f"there, at {where(place)}",
                 remedy=f"give {sizes[1]} rows a bucket of their own, or every size one",
             )
         literals = list(_literals(one, other))
@@ -162,8 +161,8 @@ class _Sided:
 
 
 def _literals(one: Node, other: Node) -> Iterator[tuple[str, bool, Any, Any]]:
-    """Arguments of a node in both graphs, without the nodes in them; and whether they are values (rather than sizes).
-    A callable without a schema may take anything for a value."""
+    """Arguments of a node in both graphs, without the nodes in them; and whether they are values rather than sizes. All
+    but integers are, and of a callable without a schema these too."""
     schema = one.target._schema.arguments if isinstance(one.target, OpOverload) else []
     declared = {argument.name: str(argument.type) for argument in schema}
     names = [*declared, *(f"argument {position}" for position in range(len(declared), len(one.args)))]
@@ -172,7 +171,7 @@ def _literals(one: Node, other: Node) -> Iterator[tuple[str, bool, Any, Any]]:
         mine, theirs = (
             [leaf for leaf in pytree.tree_leaves(side.get(name)) if not isinstance(leaf, Node)] for side in given
         )
-        yield name, any(kind in declared.get(name, "number") for kind in _VALUES), mine, theirs
+        yield name, "int" not in declared.get(name, "anything else"), mine, theirs
 
 
 def _agree(one: Any, other: Any) -> bool:

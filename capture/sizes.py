@@ -19,9 +19,9 @@ import copy
 import io
 import itertools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -81,6 +81,11 @@ class Sizes:
             found = None if self._shared is None else self._shared.at(size, self.dims, inputs)
             self._traces[size] = found or _traced(self._model, inputs)
         return self._traces[size]
+
+    def first_unlike(self, sizes: Iterable[int]) -> int | None:
+        """The first of these counts that has a trace of its own: there the model may do something else."""
+        shared = self._shared
+        return None if shared is None else next((n for n in sizes if not shared.holds(n, self.dims)), None)
 
     def _grown(self, size: int) -> StaticInputs:
         """Inputs of more rows than the largest count."""
@@ -160,7 +165,7 @@ class _OpenTrace:
         return {
             (node.name, dim): size.node.expr
             for node in _placeholders(self.module)
-            for dim, size in enumerate(getattr(node.meta["val"], "shape", ()))
+            for dim, size in enumerate(cast("Sequence[Any]", getattr(node.meta["val"], "shape", ())))
             if isinstance(size, torch.SymInt) and not size.node.expr.is_number
         }
 
@@ -178,10 +183,9 @@ class _OpenTrace:
 
     def at(self, size: int, dims: Dims, inputs: StaticInputs) -> TracedGraph | None:
         """The graph at this count; None where the trace does not hold for it. See "one trace for all counts"."""
-        tokens = set(zip(self.names, dims, strict=True))
-        numbers = {symbol: size if place in tokens else self.largest for place, symbol in self.symbols().items()}
-        if not self._holds(numbers):
+        if not self.holds(size, dims):
             return None
+        numbers = self._numbers(size, dims)
         module = GraphModule(self.module, copy.deepcopy(self.module.graph))
         try:
             _close(module, numbers)
@@ -190,14 +194,20 @@ class _OpenTrace:
             return None
         return _described(module)
 
-    def _holds(self, numbers: Mapping[Any, int]) -> bool:
-        """Whether the guards of the trace hold for these sizes; doubt counts as no."""
-        sizes = (size for node in _placeholders(self.module) for size in getattr(node.meta["val"], "shape", ()))
-        environment: Any = next(size.node.shape_env for size in sizes if isinstance(size, torch.SymInt))
+    def _numbers(self, size: int, dims: Dims) -> dict[Any, int]:
+        tokens = set(zip(self.names, dims, strict=True))
+        return {symbol: size if place in tokens else self.largest for place, symbol in self.symbols().items()}
+
+    def holds(self, size: int, dims: Dims) -> bool:
+        """Whether the guards of the trace hold for this count; doubt counts as no."""
+        numbers = self._numbers(size, dims)
+        values = [node.meta["val"] for node in _placeholders(self.module)]
+        sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
+        environment = next(size.node.shape_env for size in sizes if isinstance(size, torch.SymInt))
         ranges = [(environment.var_to_range.get(symbol), number) for symbol, number in numbers.items()]
         if not all(bounds is not None and bounds.lower <= number <= bounds.upper for bounds, number in ranges):
             return False
-        truths = (environment.replace(guard.expr).subs(dict(numbers)) for guard in environment.guards)
+        truths = (environment.replace(guard.expr).subs(numbers) for guard in environment.guards)
         return all(str(truth) == "True" for truth in truths)
 
 
@@ -258,15 +268,13 @@ def _close(module: GraphModule, numbers: Mapping[Any, int]) -> None:
 def _drop_whole_slices(module: GraphModule) -> None:
     """`x[:]`, which a trace with open dimensions leaves behind and one without does not."""
     for node in list(module.graph.nodes):
-        whole = (None, 0), (None, sys.maxsize), (None, 1)
-        bounds = itertools.zip_longest(node.args[2:], whole, fillvalue=None)
-        if (
-            node.target is torch.ops.aten.slice.Tensor
-            and not node.kwargs
-            and all(bound in allowed for bound, allowed in bounds)
-            and all(user.op != "output" for user in node.users)
-        ):
-            node.replace_all_uses_with(node.args[0])
+        if node.target is not torch.ops.aten.slice.Tensor or any(user.op == "output" for user in node.users):
+            continue
+        start, stop, step = (*node.args[2:], *(None, None, None)[len(node.args) - 2 :])
+        if not node.kwargs and start in (None, 0) and stop in (None, sys.maxsize) and step in (None, 1):
+            source = node.args[0]
+            assert isinstance(source, Node)
+            node.replace_all_uses_with(source)
             module.graph.erase_node(node)
     module.recompile()
 

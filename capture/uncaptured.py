@@ -46,7 +46,8 @@ def order_of_runs(device: torch.device) -> Turns | ReplayOrder:
         return Turns()
     from .replay_order import replay_order
 
-    return replay_order(torch.cuda.current_device() if device.index is None else device.index, object())
+    index = torch.cuda.current_device() if device == torch.device("cuda") else device.index
+    return replay_order(index, object())
 
 
 class UncapturedGraph(CapturedGraph):

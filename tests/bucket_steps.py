@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import tiny_models
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -34,3 +35,8 @@ class ServingStep(DecodeStep):
     def _mask(self, kind: str, position: Tensor, config: Any) -> Tensor:
         keys = torch.arange(self.context, device=position.device)
         return huggingface._LAYER_MASKS[kind](keys[None, :], position[:, None], config)[:, None, None, :]
+
+
+def serving_step(name: str, *, batch: int, context: int = tiny_models.CONTEXT) -> ServingStep:
+    """The step of a tiny model, always with the same weights."""
+    return ServingStep(huggingface.build(tiny_models._config(name)), batch, context)
