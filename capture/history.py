@@ -69,16 +69,18 @@ class Memory:
             self.born_at.setdefault(block.born, []).append(block)
 
     @cached_property
-    def _by_address(self) -> tuple[list[int], list[Block], int]:
+    def _by_address(self) -> tuple[list[int], list[Block], list[int]]:
+        """Their starts, themselves, and how far those up to each reach."""
         blocks = sorted(self.blocks, key=lambda block: block.address)
-        return [block.address for block in blocks], blocks, max((block.nbytes for block in blocks), default=0)
+        reach = list(itertools.accumulate((block.address + block.nbytes for block in blocks), max))
+        return [block.address for block in blocks], blocks, reach
 
     def at(self, address: int, moment: int) -> Block | None:
         """The block of the capture that holds `address` then; of several in one moment, the largest."""
-        starts, blocks, longest = self._by_address
+        starts, blocks, reach = self._by_address
         found: Block | None = None
         index = bisect_right(starts, address) - 1
-        while index >= 0 and starts[index] + longest > address:
+        while index >= 0 and reach[index] > address:
             block = blocks[index]
             if block.holds(address, moment) and (found is None or block.nbytes > found.nbytes):
                 found = block
