@@ -8,9 +8,9 @@ What counts is structure, not op names:
 - A side *routes* when a selection's indices (top-k: float in, integers out) reach, inside the side, an op that consumes
   a stacked weight (a constant of three or more dimensions), or when it holds an opaque op that consumes two of those.
 - The other side is a *shared expert* when it does not route, multiplies activations by a weight, writes nothing outside
-  itself, and starts from floating-point values the router also starts from. So tables of positions, masks and norms are
-  none, nor is whatever runs beside whole layers: between the fork and the selection lie at most two weights (a latent
-  projection and the router), and attention alone has two before the router.
+  itself, and starts from floating-point values that the router or its experts also start from. So tables of positions,
+  masks and norms are none, nor is whatever runs beside whole layers: between the fork and the selection lie at most two
+  weights (a latent projection and the router), and attention alone has two before the router.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def _is_shared_expert(
         for other in flow.predecessors[position]:
             if (side | flow.constants | flow.symbolic) >> other & 1:
                 continue
-            known_to_router = flow.ancestors[routing.selection] >> other & 1
-            if not known_to_router or not (is_floating(node) if leading else is_floating(flow.nodes[other])):
+            known_to_experts = flow.ancestors[routing.expert] >> other & 1
+            if not known_to_experts or not (is_floating(node) if leading else is_floating(flow.nodes[other])):
                 return False
     return _depth(flow, weights, routed, routing) <= _WEIGHTS_BEFORE_SELECTION
 

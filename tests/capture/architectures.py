@@ -309,6 +309,35 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared=(0, 1),
         shared_nodes=5,
     ),
+    "afmoe": Architecture(
+        lambda: transformers.AfmoeConfig(
+            **_COMMON,
+            head_dim=16,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=16,
+            num_dense_layers=1,
+            moe_intermediate_size=32,
+            num_experts=8,
+            num_experts_per_tok=2,
+            num_shared_experts=1,
+        ),
+        """
+        layers.0.self_attn q_proj | k_proj + v_proj
+        layers.0.self_attn k_proj | q_proj + v_proj
+        layers.0.self_attn v_proj | q_proj + k_proj
+        layers.0.self_attn gate_proj | q_proj + k_proj + v_proj
+        layers.0.mlp gate_proj | up_proj
+        layers.1.self_attn q_proj | k_proj + v_proj
+        layers.1.self_attn k_proj | q_proj + v_proj
+        layers.1.self_attn v_proj | q_proj + k_proj
+        layers.1.self_attn gate_proj | q_proj + k_proj + v_proj
+        layers.1.mlp.shared_experts gate_proj | up_proj
+        layers.1.mlp shared_experts | router + experts
+        layers.1.mlp shared_experts | router
+        """,
+        shared=(1,),
+        shared_nodes=6,
+    ),
     "falcon_h1": Architecture(
         lambda: transformers.FalconH1Config(
             **_COMMON,
@@ -380,31 +409,30 @@ def copied(gm: GraphModule) -> GraphModule:
     return GraphModule(gm, copy.deepcopy(gm.graph))
 
 
-def matrices(gm: nn.Module, nodes: tuple[Node, ...]) -> set[str]:
+def matrices(gm: GraphModule, nodes: tuple[Node, ...]) -> set[str]:
     """The parameters of two dimensions or more that `nodes` consume, by name; followed through casts and the like."""
-    inside, found = set(nodes), set[str]()
+    constant = set[Node]()
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            known = isinstance(attrgetter(str(node.target))(gm), nn.Parameter)
+        else:
+            inputs = node.all_input_nodes
+            known = node.op == "call_function" and bool(inputs) and constant.issuperset(inputs)
+        if known:
+            constant.add(node)
+    found, seen = set[str](), set(nodes)
     pending = [argument for node in nodes for argument in node.all_input_nodes]
-    seen = set[Node]()
     while pending:
         node = pending.pop()
-        if node in inside or node in seen:
-            continue
-        seen.add(node)
-        if node.op == "get_attr" and node.meta["val"].dim() > 1 and _is_constant(gm, node):
-            found.add(str(node.target))
-        elif _is_constant(gm, node):
+        if node in constant and node not in seen:
+            seen.add(node)
             pending += node.all_input_nodes
+            if node.op == "get_attr" and node.meta["val"].dim() > 1:
+                found.add(str(node.target))
     return found
 
 
-def _is_constant(gm: nn.Module, node: Node) -> bool:
-    if node.op == "get_attr":
-        return isinstance(attrgetter(str(node.target))(gm), nn.Parameter)
-    inputs = node.all_input_nodes
-    return node.op == "call_function" and bool(inputs) and all(_is_constant(gm, a) for a in inputs)
-
-
-def parts(gm: nn.Module, names: set[str]) -> set[str]:
+def parts(gm: GraphModule, names: set[str]) -> set[str]:
     """Modules that together have exactly the matrices `names`, as few as can be."""
     everything = [name for name, p in gm.named_parameters(remove_duplicate=False) if p.dim() > 1]
     found = set[str]()
@@ -423,7 +451,7 @@ def _line(where: str, sides: frozenset[frozenset[str]]) -> str:
     return f"{where}: {' | '.join(sorted(' + '.join(sorted(side)) for side in sides))}"
 
 
-def described(gm: nn.Module, sides: Iterable[tuple[Node, ...]]) -> str | None:
+def described(gm: GraphModule, sides: Iterable[tuple[Node, ...]]) -> str | None:
     """Two branches as a line of the tables, normalised; None where one of them has no matrix."""
     named = [parts(gm, matrices(gm, side)) for side in sides]
     if not all(named):

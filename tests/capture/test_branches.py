@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from auxstream.capture.branches import BranchPair, find_branches
+from auxstream.capture.module_paths import title
 from auxstream.capture.trace import trace
 
 WIDTH, ROWS = 8, 3
@@ -198,6 +199,31 @@ def test_a_router_can_run_beside_the_dense_branch(form: Literal["traced", "opaqu
 def test_no_router_where_nothing_dense_runs_beside_it() -> None:
     gm = trace(Model(RoutedOnly()), (torch.randn(TOKENS, HIDDEN),)).graph_module
     assert beside_shared(find_branches(gm)) == []
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("paths", "text"),
+    [
+        (["model.model.layers.0.mlp.up"], "layers.0.mlp.up"),
+        (["layers.0.mlp.up", "layers.0.mlp.up"], "layers.0.mlp.up"),
+        (["layers.0.mlp.up", "layers.0.mlp.down.inner"], "layers.0.mlp.{up, down}"),
+        (["layers.0.mlps.0.up", "layers.0.attn.1.q", "layers.0.attn.1.k"], "layers.0.{mlps.0, attn.1}"),
+        (["layers.0.mlp", "layers.0.mlp.up"], "layers.0.mlp"),
+        (["embed", "head"], "{embed, head}"),
+        (["", "layers['3'].mlp"], "layers.3.mlp"),
+        (["", ""], "n0..n1"),
+    ],
+)
+def test_titles(paths: list[str], text: str) -> None:
+    graph = Graph()
+    nodes = [graph.create_node("call_function", torch.relu, name=f"n{i}") for i, _ in enumerate(paths)]
+    for node, path in zip(nodes, paths, strict=True):
+        if path:
+            node.meta["nn_module_stack"] = {"outer": ("outer", nn.Module), "inner": (path, nn.Module)}
+    assert title(nodes) == text
 
 
 # --- size -------------------------------------------------------------------------------------------------------------

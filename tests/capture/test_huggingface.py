@@ -147,13 +147,16 @@ def test_the_eager_expert_loop_is_refused_with_the_remedy() -> None:
     assert "modeling_gemma4.py" in caught.value.came
 
 
-def test_batched_experts_are_found_too() -> None:
+@pytest.mark.parametrize("name", ["gemma4", "qwen2_moe", "nemotron_h"])
+def test_batched_experts_are_found_too(name: str) -> None:
     """Experts as gathered weights and batched products: the routing is the same, the ops are not."""
-    model = build(gemma4_config(2, "tiny"))
+    architecture = ARCHITECTURES[name]
+    model = architecture.model()
     model.set_experts_implementation("batched_mm")  # pyright: ignore
     step = DecodeStep(model, batch=1, context=8)
     gm = trace(step, (torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0]))).graph_module
-    assert [len(region.nodes) for region in mark_multi_stream_moe_shared_experts(gm)] == [23, 23]
+    found = [len(region.nodes) for region in mark_multi_stream_moe_shared_experts(gm)]
+    assert found == [architecture.shared_nodes] * len(architecture.shared)
 
 
 def test_the_full_configuration_is_the_26b_model() -> None:

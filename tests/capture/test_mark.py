@@ -7,7 +7,19 @@ from typing import Literal
 
 import pytest
 import torch
-from moe_blocks import HIDDEN, INNER, MERGES, TOKENS, Dense, Layer, Model, Routed, RoutedOnly, add_rms_norm, routed_sum
+from moe_blocks import (
+    HIDDEN,
+    INNER,
+    MERGES,
+    TOKENS,
+    Dense,
+    Layer,
+    Model,
+    Routed,
+    RoutedOnly,
+    add_rms_norm,
+    routed_sum,
+)
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -54,6 +66,22 @@ def test_every_way_to_merge_in_either_order(merge: str, shared_first: bool, gate
     assert len(regions) == 2
     for index, region in enumerate(regions):
         assert_is_shared_expert(gm, region, index)
+
+
+@pytest.mark.parametrize("form", ["view", "cast"])
+def test_a_router_reads_another_form_of_what_both_kinds_of_experts_read(form: str) -> None:
+    """A flattened copy of its own, or the value in double precision that the others read rounded."""
+
+    class OtherForm(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            wide = x.double() * 2 if form == "cast" else x
+            h = wide.float() if form == "cast" else x.view(TOKENS, HIDDEN)
+            logits = nn.functional.linear(wide.view(1, TOKENS, HIDDEN), self.routed.router.weight.to(wide.dtype))
+            scores, chosen = logits[0].topk(2)
+            return self.dense(h) + routed_sum(h, scores.float(), chosen, self.routed.w_up, self.routed.w_down)
+
+    gm, (region,) = marked(Model(OtherForm()))
+    assert_is_shared_expert(gm, region, 0)
 
 
 @pytest.mark.parametrize("form", ["opaque", "latent"])
