@@ -102,6 +102,10 @@ class Body:
         """True division of floats, correctly rounded."""
         return self.binary("arith.divf", x, y)
 
+    def share(self, part: Scalar, total: Scalar) -> Scalar:
+        """part / total, where part is from 0 to 1 and total, a row's, from 1 on: what a kernel may make use of."""
+        return self.emit(f"arith.divf {part.name}, {total.name} fastmath<arcp> : {part.type}", part.type)
+
     def fma(self, x: Term, y: Term, z: Scalar) -> Scalar:
         """x * y + z of floats, rounded once."""
         a, b = self.of(x, z.type), self.of(y, z.type)

@@ -128,6 +128,18 @@ def fma(x, y, z):
 
 
 @triton.jit
+def share(part, total):
+    """part / total, total from 1 on: a product with the reciprocal, and what that leaves over.
+
+    The nearest float32, but for parts below 2**-100, where it may be the one beside it. CUDA's division looks for
+    exponents that this one cannot meet, and branches.
+    """
+    inverse = div(1.0, total)
+    product = part * inverse
+    return fma(fma(product, total * -1.0, part), inverse, product)
+
+
+@triton.jit
 def div_trunc(x, y):
     return x // y
 

@@ -45,6 +45,17 @@ def _divided(rounding_mode: str) -> Callable[..., Any]:
     return _of_torch(lambda x, y: torch.div(x, torch.where(y == 0, 1, y), rounding_mode=rounding_mode))
 
 
+def _fma(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return (x.double() * y.double() + z.double()).float()
+
+
+def share_of(part: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """`gpu_math.share`, step by step."""
+    inverse = 1 / total
+    product = part * inverse
+    return _fma(_fma(product, -total, part), inverse, product)
+
+
 div = _of_torch(torch.div)
 fmod = _of_torch(torch.fmod)
 maximum = _of_torch(torch.maximum)
@@ -67,7 +78,8 @@ pow = _of_torch(torch.pow)
 rsqrt = _of_torch(torch.rsqrt)
 sqrt = _of_torch(torch.sqrt)
 tanh = _of_torch(torch.tanh)
-fma = _of_torch(lambda x, y, z: (x.double() * y.double() + z.double()).float())
+fma = _of_torch(_fma)
+share = _of_torch(share_of)
 div_trunc = _divided("trunc")
 div_floor = _divided("floor")
 rem_trunc = _of_torch(lambda x, y: torch.fmod(x, torch.where(y == 0, 1, y)))

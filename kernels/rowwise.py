@@ -184,18 +184,7 @@ def _shifted(builder: GroupBuilder, call: Call, operand: Operand) -> tuple[Value
 
 def _softmax(builder: GroupBuilder, call: Call, operand: Operand) -> Value:
     _, powers, total = _shifted(builder, call, operand)
-    inverse = builder.pointwise(lambda b, t: b.div(1, t), [total], F32)
-    return builder.pointwise(_share, [powers, total, inverse], call.value.dtype)
-
-
-def _share(b: Body, part: Scalar, total: Scalar, inverse: Scalar) -> Scalar:
-    """part / total, total from 1 on: a product with the reciprocal, and what that leaves over.
-
-    The nearest float32, but for parts below 2**-100, where it may be the one beside it. A division per element is most
-    of a softmax's time: CUDA's looks for exponents that this one cannot meet, and branches.
-    """
-    share = b.mul(part, inverse)
-    return b.fma(b.fma(share, b.neg(total), part), inverse, share)
+    return builder.pointwise(lambda b, part, whole: b.share(part, whole), [powers, total], call.value.dtype)
 
 
 def _log_softmax(builder: GroupBuilder, call: Call, operand: Operand) -> Value:

@@ -198,7 +198,8 @@ class Values:
                     text = self._extracted(op, names, point)
                 case _:
                     text = self.fresh()
-                    self.lines.append(f"{text} = {expression(op, [self._name(x, names) for x in op.operands])}")
+                    operands = [self._name(x, names) for x in op.operands]
+                    self.lines.append(f"{text} = {expression(op, operands, few_rows=self.ahead is not None)}")
             names[op.results[0]] = text
         if getattr(wanted.owner, "name", "") == "arith.constant":  # a tile of its own, for there may be no other
             return f"tl.full({self.tile}, {self._name(wanted, names)}, {TRITON_TYPE[str(wanted.type)]})"
