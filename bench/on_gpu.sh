@@ -20,5 +20,6 @@ step 200 demo python3 -m auxstream demo --json "$results/demo.json"
 step 100 handoff python3 -m auxstream.bench.handoff --json "$results/handoff.json"
 step 600 fusion python3 -m auxstream.bench.fusion --json "$results/fusion.json"
 step 300 ffn python3 -m auxstream.bench.ffn --json "$results/ffn.json"
+step 600 decode python3 -m auxstream.bench.decode --json "$results/decode.json"
 step 300 capture python3 -m auxstream.bench.capture --json "$results/capture.json"
 exit $failed
