@@ -23,7 +23,7 @@ from .buckets import BucketedModel
 from .compiled import CompiledModel
 from .inputs import Padding, StaticInputs
 from .options import Options
-from .padding import PaddingCheck, PaddingVerdict
+from .padding import PaddingVerdict, check_padding
 from .rows import Mixing, find_mixing
 from .size_effects import output_rows, refuse_size_effects
 from .sizes import Sizes
@@ -119,7 +119,7 @@ def _checked(
         return PaddingVerdict(size, bucket.fewest, "unpadded" if bucket.fewest == size else "not checked")
     pairs = zip(example, bucket.padding.inputs, strict=True)
     rows = [leaf if dim is None else leaf.narrow(dim, 0, size) for leaf, dim in pairs]
-    return PaddingCheck(model, compiled, bucket.traced, rows, bucket.fewest, bucket.mixing).verdict(device)
+    return check_padding(model, compiled, bucket.traced, rows, bucket.fewest, bucket.mixing, device)
 
 
 @contextmanager
