@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeAlias
 
+from ..runtime.errors import CaptureError
 from .conflicts import Conflict, hazards_of
 from .evidence import Evidence, from_program
 from .program import Program
@@ -29,7 +30,10 @@ def verify(graph: Program | Evidence | HasEvidence) -> Report:
     """Check every pair of ops that share bytes, at least one writing, for an ordering path between them.
 
     Args:
-        graph: a captured graph, a program, or evidence.
+        graph: a captured graph, a compiled model, a program, or evidence.
+
+    Raises:
+        CaptureError: anything else.
     """
     match graph:
         case Evidence():
@@ -37,7 +41,7 @@ def verify(graph: Program | Evidence | HasEvidence) -> Report:
         case Program():
             evidence = from_program(graph)
         case _:
-            evidence = graph.evidence
+            evidence = _evidence_of(graph)
     findings = hazards_of(evidence)
     lives = _lives(evidence) if findings.conflicts else {}
     races = tuple(_race(evidence, lives, conflict) for conflict in findings.conflicts)
@@ -46,6 +50,19 @@ def verify(graph: Program | Evidence | HasEvidence) -> Report:
         for start, stop in findings.hulls
     )
     return Report(races, evidence.unattributed, (*evidence.assumptions, *hulls), evidence.nodes, evidence.edges)
+
+
+def _evidence_of(graph: object) -> Evidence:
+    graph = getattr(graph, "graph", graph)  # a compiled model's
+    evidence = getattr(graph, "evidence", None)
+    if not isinstance(evidence, Evidence):
+        raise CaptureError(
+            "verify() was given something that was not captured",
+            expected="a CapturedGraph, a CompiledModel, a Program or Evidence",
+            came=f"a {type(graph).__name__}",
+            remedy="capture the work: with auxstream.graph() as g: ..., then verify(g)",
+        )
+    return evidence
 
 
 def not_checked(program: Program) -> Report:

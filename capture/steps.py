@@ -47,6 +47,15 @@ class Piece:
     eager: bool = False
     name: str = ""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.graph, CapturedGraph | Program) or not isinstance(self.after, tuple):
+            raise CaptureError(
+                "a Piece cannot be made of this",
+                expected="a CapturedGraph or a Program (of a compiled model, its `graph`), and a tuple of positions",
+                came=f"a {type(self.graph).__name__}, after={self.after!r}",
+                remedy="Piece(graph, stream, after=(0,))",
+            )
+
     @property
     def program(self) -> Program:
         return self.graph if isinstance(self.graph, Program) else self.graph.program
@@ -65,8 +74,15 @@ def verify_step(pieces: Sequence[Piece], rounds: int = 1) -> Report:
         rounds: how often the step runs, one right after the other. Two show whatever a step does to the next one.
 
     Raises:
-        CaptureError: a piece waits for one that is not launched before it.
+        CaptureError: no piece; or a piece waits for one that is not launched before it.
     """
+    if not pieces or not all(isinstance(piece, Piece) for piece in pieces):
+        raise CaptureError(
+            "verify_step() was given no step",
+            expected="at least one Piece, and nothing else",
+            came=repr([type(piece).__name__ for piece in pieces]),
+            remedy="verify_step([Piece(graph), ...])",
+        )
     return verify(compose(pieces, rounds))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from planted import CASES, Case
 from torch import Tensor
 
 import auxstream
-from auxstream.capture import CapturedGraph
+from auxstream.capture import CapturedGraph, verify
 from auxstream.capture.allocator import BASE, AllocatorModel
 from auxstream.capture.clocks import Order
 from auxstream.capture.conflicts import hazards_of
@@ -278,3 +279,20 @@ def test_planted_steps_corrupt_memory_and_their_twins_do_not() -> None:
         shadow = ShadowMemory(one_program(pieces))
         for order in simulate_step(pieces).orders.exhaustive():
             assert shadow.first_violation(order) is None, case.name
+
+
+@pytest.mark.parametrize("pieces", [[], [3], "not a list of pieces"])
+def test_no_step_is_not_a_safe_step(pieces: Any) -> None:
+    with pytest.raises(CaptureError, match="no step"):
+        verify_step(pieces)
+
+
+@pytest.mark.parametrize("arguments", [(3,), (torch.ones(2),)])
+def test_pieces_are_graphs(arguments: Any) -> None:
+    with pytest.raises(CaptureError, match="cannot be made"):
+        Piece(*arguments)
+
+
+def test_only_what_was_captured_is_verified() -> None:
+    with pytest.raises(CaptureError, match="a Tensor"):
+        verify(torch.ones(2))  # type: ignore[arg-type]
