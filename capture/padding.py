@@ -95,8 +95,9 @@ class _Check:
         scratch = self._scratch(padded.written, other.written, example.written, own)
 
         most = min(2, fewest)  # the fewer rows, the more show padded ones; of one alone a model may make something else
-        own_of_most = runs.eager(most).written if runs.states else ()
-        itself, served = runs.eager(most, own_of_most), runs.replayed("padded", most, own_of_most)
+        own_of_most = own if most == fewest else runs.eager(most).written if runs.states else ()
+        served = padded if most == fewest else runs.replayed("padded", most, own_of_most)
+        itself = runs.eager(most, own_of_most)
         for what, flipped in padded.unlike(example):
             if not runs.sent or not served.is_close_to(itself):
                 raise self._leaks(what, flipped, own)

@@ -26,6 +26,11 @@ def from_text(folder: Path, text: str) -> Options:
         ("multi_stream_moe: no\nwarmup: 3\ntoken_threshold: 64", Options(False, warmup=3, token_threshold=64)),
         ("token_threshold: null\nhandoff: record", Options(handoff="record")),
         ("dump_dir: out/stages", Options(dump_dir=Path("out/stages"))),
+        ("mode: none\ncopy_outputs: true", Options(mode="none", copy_outputs=True)),
+        ("buckets: [8, 1, 4]", Options(buckets=(1, 4, 8))),
+        ("token_dims: {mask: 1, table: null}", Options(token_dims={"mask": 1, "table": None})),
+        ("pad: {enabled: 0}\ntoken_dims: {enabled: 0}", Options(pad={"enabled": 0}, token_dims={"enabled": 0})),
+        ("pad: {slots: -1, mask: false, x: 0.5}", Options(pad={"slots": -1, "mask": False, "x": 0.5})),
     ],
 )
 def test_from_yaml(tmp_path: Path, text: str, expected: Options) -> None:
@@ -47,11 +52,30 @@ def test_from_yaml(tmp_path: Path, text: str, expected: Options) -> None:
         ("token_threshold: true", "an integer >= 0"),
         ("verify: loud", "off, warn, error"),
         ("handoff: {enabled: true}", "auto, record"),
+        ("mode: eager", "none, full, full_decode_only, piecewise, full_and_piecewise"),
+        ("mode: {enabled: true}", "none, full"),
+        ("copy_outputs: 1", "true or false"),
+        ("buckets: 8", "different integers >= 1"),
+        ("buckets:", "different integers >= 1"),
+        ("buckets: [4, 4]", "different integers >= 1"),
+        ("buckets: [0]", "different integers >= 1"),
+        ("buckets: [true]", "different integers >= 1"),
+        ("buckets: [2.0]", "different integers >= 1"),
+        ("token_dims: [0]", "input names, each with a dimension"),
+        ("token_dims: {x: true}", "input names, each with a dimension"),
+        ("token_dims: {0: 0}", "input names, each with a dimension"),
+        ("pad: {x: zero}", "input names, each with a number"),
+        ("pad: 0", "input names, each with a number"),
     ],
 )
 def test_what_no_option_has_is_refused(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         from_text(tmp_path, text)
+
+
+def test_buckets_are_kept_in_order() -> None:
+    assert Options(buckets=[8, 2, 4]).buckets == (2, 4, 8)  # pyright: ignore
+    assert Options().in_force(Settings()).buckets == ()
 
 
 def test_the_environment_has_the_last_word() -> None:
