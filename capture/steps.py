@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -48,11 +48,12 @@ class Piece:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.graph, CapturedGraph | Program) or not isinstance(self.after, tuple):
+        graph, after = cast("tuple[object, object]", (self.graph, self.after))  # callers without a type checker
+        if not isinstance(graph, CapturedGraph | Program) or not isinstance(after, tuple):
             raise CaptureError(
                 "a Piece cannot be made of this",
                 expected="a CapturedGraph or a Program (of a compiled model, its `graph`), and a tuple of positions",
-                came=f"a {type(self.graph).__name__}, after={self.after!r}",
+                came=f"a {type(graph).__name__}, after={after!r}",
                 remedy="Piece(graph, stream, after=(0,))",
             )
 
@@ -76,11 +77,12 @@ def verify_step(pieces: Sequence[Piece], rounds: int = 1) -> Report:
     Raises:
         CaptureError: no piece; or a piece waits for one that is not launched before it.
     """
-    if not pieces or not all(isinstance(piece, Piece) for piece in pieces):
+    kinds = [type(piece) for piece in pieces]
+    if not pieces or any(kind is not Piece for kind in kinds):
         raise CaptureError(
             "verify_step() was given no step",
             expected="at least one Piece, and nothing else",
-            came=repr([type(piece).__name__ for piece in pieces]),
+            came=repr([kind.__name__ for kind in kinds]),
             remedy="verify_step([Piece(graph), ...])",
         )
     return verify(compose(pieces, rounds))
