@@ -495,7 +495,9 @@ def test_on_a_gpu_fused_buckets_are_near_the_model(deterministic: None) -> None:
         on.reference.reset()
         given = tokens(rows, rows, "cuda")
         with torch.no_grad():
-            torch.testing.assert_close(on.fast(*given), on.reference(*given), rtol=0.1, atol=0.1)
+            expected = on.reference(*given).float()
+        error = (on.fast(*given).float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert error.median() < 0.05, "rounding may turn a router for some rows, and not for most"
 
 
 @pytest.mark.gpu
@@ -533,22 +535,22 @@ def test_on_a_gpu_calls_alternate_among_buckets_and_streams(deterministic: None)
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
-def test_on_a_gpu_inputs_made_on_another_stream(deterministic: None) -> None:
+@pytest.mark.parametrize("waits", [True, False], ids=["waits", "twin"])
+def test_on_a_gpu_inputs_made_on_another_stream(waits: bool, deterministic: None) -> None:
     """That stream calls `wait` before it makes them; then the call is behind it, by events alone."""
     on = OnGpu("qwen2_moe", mlir_elementwise_fusion=False)
     side = torch.cuda.Stream()
     ids, position = tokens(5, 0, "cuda")
     late = torch.zeros_like(ids)
     torch.cuda.synchronize()
-    for turn in range(5):
-        fresh, _ = tokens(5, turn, "cuda")
-        torch.cuda.synchronize()
-        with torch.cuda.stream(side):
+    with torch.cuda.stream(side):
+        if waits:
             on.fast.wait()
-            torch.cuda._sleep(20_000_000)
-            late.copy_(fresh)
-        out = on.fast(late, position)
-        assert torch.equal(out, padded(on.reference, on.buckets, fresh, position))
+        torch.cuda._sleep(400_000_000)
+        late.copy_(ids)
+    out = on.fast(late, position)
+    torch.cuda.synchronize()
+    assert torch.equal(out, padded(on.reference, on.buckets, ids, position)) == waits
 
 
 @pytest.mark.gpu
