@@ -106,7 +106,7 @@ def _others(sizes: Sizes, fewest: int, size: int) -> list[int]:
     Python may do something else. One row comes last: there a model may do what means the same (it broadcasts)."""
     served = range(max(fewest, 2), size)
     if not served:
-        return [sizes.largest if sizes.largest > size else 1]
+        return [size + 1 if size < sizes.largest else 1]
     unlike = sizes.first_unlike(served)
     return [served[0]] if unlike in (None, served[0]) else [served[0], unlike]
 

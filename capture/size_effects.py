@@ -88,10 +88,10 @@ def _varying(here: _Sided, there: _Sided, sizes: tuple[int, int]) -> set[int]:
             assert place is not None
             raise CaptureError(
                 f"the model runs other ops for {sizes[0]} rows than for {sizes[1]}",
-                expected=f"the same, for the graph of {sizes[0]} rows serves calls of {sizes[1]}, padded",
+                expected="the same: a bucket serves smaller calls, padded, and its graph knows one size",
                 came=f"{getattr(one, 'target', 'nothing more')} here and {getattr(other, 'target', 'nothing more')} "
                 f"there, at {where(place)}",
-                remedy=f"give {sizes[1]} rows a bucket of their own, or every size one",
+                remedy="give a bucket to each size at which the model itself takes another path, or to every size",
             )
         literals = list(_literals(one, other))
         if one in here.reading:

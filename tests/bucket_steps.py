@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import pytest
 import tiny_models
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
-from auxstream.capture import huggingface
-from auxstream.capture.huggingface import DecodeStep
+Cache = pytest.importorskip("transformers.cache_utils").Cache
+
+from auxstream.capture import huggingface  # noqa: E402
+from auxstream.capture.huggingface import DecodeStep  # noqa: E402
 
 
 class ServingStep(DecodeStep):

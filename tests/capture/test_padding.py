@@ -169,6 +169,12 @@ LEAKS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     ),
     "a count of rows": (lambda m, x, s: x.flip(1) / torch.ones_like(s).sum(), {}, "gives another output 0"),
     "a count of good rows": (lambda m, x, s: m.linear(x) * (s >= 0).sum(), {}, "gives another output 0"),
+    "a path for few rows": (
+        lambda m, x, s: x * 2 if x.shape[0] < 5 else x + s[:, None],
+        {},
+        "other ops for 6 rows than",
+    ),
+    "a path for one size": (lambda m, x, s: x * 2 if x.shape[0] == 5 else x + s[:, None], {}, "for 6 rows than for 5"),
     "the number of rows": (lambda m, x, s: m.linear(x) / x.shape[0], {}, "the number of rows reaches"),
 }
 
