@@ -12,6 +12,12 @@ import torch
 
 HERE = Path(__file__).parent
 
+# How Triton runs is decided when it is imported, and files of any folder may bring it in (torch's own modules do).
+_kernels = importlib.util.spec_from_file_location("triton_mode", HERE / "kernels" / "conftest.py")
+assert _kernels is not None
+assert _kernels.loader is not None
+_kernels.loader.exec_module(importlib.util.module_from_spec(_kernels))
+
 os.environ.setdefault("AUXSTREAM_CACHE_DIR", str(HERE.parent / "build" / "test-cache"))  # not the user's
 
 if importlib.util.find_spec("hypothesis") is None:
