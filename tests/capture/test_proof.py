@@ -17,7 +17,7 @@ from torch import Tensor
 import auxstream
 from auxstream.capture import CapturedGraph, verify
 from auxstream.capture.conflicts import hazards_of
-from auxstream.capture.graphs import SimulatedGraph
+from auxstream.capture.graphs import CudaGraph, SimulatedGraph
 from auxstream.capture.program import Buffer, Op, Program, Wait
 from auxstream.capture.proof import Race
 from auxstream.capture.simulate import ShadowMemory, Simulation
@@ -409,3 +409,12 @@ def test_ops_on_a_stream_nobody_opened_are_unattributed() -> None:
     assert report.races == ()
     assert len(report.unattributed) == 1
     assert "mul.Tensor" in report.unattributed[0]
+
+
+def test_a_cuda_graph_that_was_not_read_back_is_never_called_safe() -> None:
+    g, _ = capture(handed_over, torch.ones(SIZE))
+    unread = CudaGraph("unread")
+    unread.attach(g.program, g.regions, {})
+    report = verify(unread)
+    assert not report.races
+    assert not report.ok
