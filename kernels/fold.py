@@ -1,10 +1,13 @@
 """Constant parts of a graph, computed once.
 
 Enters: a graph over its module's parameters and buffers. Leaves: the same graph with every value that depends on
-nothing the graph changes replaced by a buffer that holds it: weight casts, rope tables, `1 + weight`. Invariants: views
-stay views, and what is large is computed in every step, so no weight is held twice; what leaves the graph is made anew
-in every run, for its caller may write to it; the values are eager's, on the same device. The fold is of the parameters
-as they are: change one later and the graph must be made again.
+nothing at all replaced by a buffer that holds it: ranges, masks, tables made from them. Invariants: views stay views,
+and what is large is computed in every step; what leaves the graph is made anew in every run, for its caller may write
+to it; the values are eager's, on the same device.
+
+Note "weights are not constants". A parameter, a buffer, a tensor from elsewhere may be written in place between two
+steps (`load_state_dict`, an optimizer, `weight.data.copy_`, which no version counter sees), and the next step must see
+it. So what is computed from one (a cast, `1 + weight`) is computed in every step; fused, it costs no launch.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ def fold_constants(gm: GraphModule, allowed: Callable[[Node], bool]) -> int:
     folder = _Folder(gm, Dataflow.of(gm), allowed)
     budget, folded = MOST_BYTES_TOGETHER, 0
     for node in list(folder.known):
-        if not folder.is_name(node) and folder.is_needed(node) and _bytes(node) <= budget:
+        if not folder.flow.is_view(node) and folder.is_needed(node) and _bytes(node) <= budget:
             folder.fold(node)
             budget -= _bytes(node)
             folded += 1
@@ -53,7 +56,7 @@ class _Folder:
         unsteady = {s for node in flow.nodes for s in flow.writes[node] if flow.owner.get(s) is not node}
         unsteady.update(s for node in flow.nodes if node.op == "output" for s in flow.reads[node])
         for node in flow.select(flow.constants):
-            if node.op == "get_attr" or (allowed(node) and self._is_computable(node, unsteady)):
+            if allowed(node) and self._is_computable(node, unsteady):
                 self.known[node] = None
 
     def _is_computable(self, node: Node, unsteady: set[int]) -> bool:
@@ -61,12 +64,8 @@ class _Folder:
             return False
         if not isinstance(node.meta.get("val"), Tensor) or self.flow.storages[node] & unsteady:
             return False
-        small = self.is_name(node) or _bytes(node) <= MOST_BYTES
+        small = self.flow.is_view(node) or _bytes(node) <= MOST_BYTES
         return small and all(a in self.known for a in node.all_input_nodes)
-
-    def is_name(self, node: Node) -> bool:
-        """Whether a node only names memory: an attribute, or a view."""
-        return node.op == "get_attr" or self.flow.is_view(node)
 
     def is_needed(self, node: Node) -> bool:
         """Whether something that cannot be computed here reads a value, itself or through views."""
@@ -85,16 +84,12 @@ class _Folder:
 
     def _value(self, node: Node) -> Any:
         if node not in self.values:
-            if node.op == "get_attr":
-                value: Any = self.gm
-                for part in str(node.target).split("."):
-                    value = getattr(value, part)
-            else:
-                args, kwargs = map_arg((node.args, node.kwargs), self._value)
-                assert callable(node.target)
-                with torch.no_grad():
-                    value = node.target(*args, **kwargs)
-            self.values[node] = value
+            if node.op == "get_attr":  # what a view of something folded reads by now
+                return getattr(self.gm, str(node.target))
+            args, kwargs = map_arg((node.args, node.kwargs), self._value)
+            assert callable(node.target)
+            with torch.no_grad():
+                self.values[node] = node.target(*args, **kwargs)
         return self.values[node]
 
     def drop_dead(self) -> None:
