@@ -1,10 +1,10 @@
-"""Hugging Face causal LMs as decode steps with explicit static caches (extra `hf`).
+"""Hugging Face causal LMs as serving steps with explicit static caches (extra `hf`).
 
 Enters: a causal LM built on the device it will run on. Leaves: `DecodeStep`, an `nn.Module` whose `forward(input_ids,
 position)` computes the next-token logits and writes each layer's state in place: keys and values, the states of linear
-attention, or both. The state is buffers of the step, bound into the model's cache object anew in every call, so a
-tracer sees buffer mutation and no hidden constants. Invariant: all state a step reads or writes is a parameter or a
-buffer of the step.
+attention, or both; and `PrefillStep`, which writes many tokens of one sequence into the same state. The state is
+buffers of the step, bound into the model's cache object anew in every call, so a tracer sees buffer mutation and no
+hidden constants. Invariant: all state a step reads or writes is a parameter or a buffer of the step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from ..runtime.errors import InputError, MissingDependencyError
 
 try:
     import transformers
-    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer
+    from transformers.cache_utils import Cache, DynamicCache
+
+    from .bound_caches import BoundLayer, BoundRow, bound
 except ImportError as error:
     raise MissingDependencyError(
         "auxstream.capture.huggingface needs transformers",
@@ -40,6 +42,7 @@ _LAYER_MASKS: dict[str, _Sees] = {
         (k <= q) & (k // config.attention_chunk_size == q // config.attention_chunk_size)
     ),
 }
+_Masks = Tensor | dict[str, Tensor | None] | None
 _RECURRENT = ("linear_attention", "conv")
 _REUSES = "dummy"  # transformers' word for a layer that reads another's keys and values
 _STATELESS = ("moe", "mlp", _REUSES)
@@ -49,86 +52,16 @@ _HYBRIDS = {"hybrid": ("full_attention", "linear_attention")}
 """Layer types with two mixers side by side, each with the mask of its own type."""
 
 
-class _BoundLayer(CacheLayerMixin):
-    """One layer's keys and values over buffers that somebody else owns, written at a position that comes as a tensor.
-
-    Sliding-window layers use it too and leave the window to the mask: transformers' own sliding static layer branches
-    on a Python integer, which would freeze one branch into a traced graph.
-    """
-
-    is_compileable = True
-    is_sliding = False
-
-    def __init__(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.bound = (keys, values)
-        self.position = position
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise AssertionError("a bound cache layer is born initialized")
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        for cache, states in zip(self.bound, (key_states, value_states), strict=True):
-            if self.position.shape[0] == 1:
-                cache.index_copy_(2, self.position, states)
-            else:
-                rows = torch.arange(cache.shape[0], device=cache.device)
-                # With a slice between two index tensors, the indexed dimensions come first: [batch, heads, head_dim].
-                cache[rows, :, self.position] = states[:, :, 0]
-        return self.bound
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.bound[0].shape[2], 0
-
-    def get_seq_length(self) -> Any:
-        return self.position
-
-    def get_max_length(self) -> int:
-        return self.bound[0].shape[2]
-
-
-class _BoundRecurrence(LinearAttentionLayer):
-    """One layer's convolution and recurrent states over buffers that somebody else owns; a layer without state too.
-
-    Zeros are the state before the first token, so there always is a previous state.
-    """
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        if (conv := state.get("conv")) is not None:
-            self.conv_states[0], self.conv_kernel_size[0] = conv, conv.shape[-1]
-            self.is_conv_states_initialized[0] = True
-        if (recurrent := state.get("recurrent")) is not None:
-            self.recurrent_states[0] = recurrent
-            self.is_recurrent_states_initialized[0] = True
-        self.has_previous_state[0] = True
-
-
-class _BoundHybrid(_BoundRecurrence):
-    """A layer with attention and a recurrence side by side: caches know the one by class, the other by `update`."""
-
-    def __init__(self, state: Mapping[str, Tensor], attention: _BoundLayer) -> None:
-        super().__init__(state)
-        self.update = attention.update
-
-
-def _bound(state: Mapping[str, Tensor], position: Tensor) -> Any:
-    if "keys" not in state:
-        return _BoundRecurrence(state)
-    attention = _BoundLayer(state["keys"], state["values"], position)
-    return attention if len(state) == 2 else _BoundHybrid(state, attention)
-
-
 class DecodeStep(nn.Module):
-    """One decode step of a causal LM over a static cache of `context` positions.
+    """One decode step of a causal LM over a static cache of `context` positions, for up to `batch` sequences.
 
-    `forward(input_ids, position)`: `input_ids` int64 `[batch, 1]`; `position` int64 `[1]` (all rows at one position) or
-    `[batch]`; returns logits `[batch, vocab]` in the model's dtype. The state is in buffers, by layer: `keys_<i>` and
-    `values_<i>`, `[batch, kv_heads, context, head_dim]`; `conv_<i>`, `[batch, channels, taps]`; `recurrent_<i>`, in the
-    model's own shape. `reset()` zeroes them. Raises InputError for a model whose layers keep other state, or attend by
-    a rule that is not known here.
+    `forward(input_ids, position)`: `input_ids` int64 `[rows, 1]`, rows in the order of the caches, `rows <= batch`;
+    `position` int64 `[1]` (all rows at one position) or `[rows]`; returns logits `[rows, vocab]` in the model's dtype.
+    The state is in buffers, by layer: `keys_<i>` and `values_<i>`, `[batch, kv_heads, context, head_dim]`; `conv_<i>`,
+    `[batch, channels, taps]`; `recurrent_<i>`, in the model's own shape. `reset()` zeroes them. In buckets, the last
+    position is best left to padded rows: `pad={"position": context - 1}`.
+
+    Raises InputError for a model whose layers keep other state, or attend by a rule that is not known here.
     """
 
     def __init__(self, model: nn.Module, batch: int, context: int) -> None:
@@ -165,15 +98,21 @@ class DecodeStep(nn.Module):
             self._states.append(tuple(samples))
 
     def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
-        layers = [_bound(state, position) for state in self.caches()]
-        output = self.model(
+        rows = input_ids.shape[0]
+        if type(rows) is int and rows > self.batch:  # a tracer that leaves the number open is not to be asked
+            raise InputError(
+                "this decode step has no caches for so many sequences",
+                expected=f"at most {self.batch} rows of input_ids",
+                came=str(rows),
+                remedy="make the step with a larger batch",
+            )
+        states = [{kind: buffer[:rows] for kind, buffer in state.items()} for state in self.caches()]
+        return self._logits(
+            [bound(state, lambda keys, values: BoundLayer(keys, values, position)) for state in states],
+            self._masks(position, lambda sees: sees[:, None, None, :]),
             input_ids=input_ids,
             position_ids=position[:, None],
-            attention_mask=self._masks(position),
-            use_cache=True,
-            **{self._cache: Cache(layers=cast(Any, layers))},
         )
-        return output.logits[:, -1]
 
     def caches(self) -> list[dict[str, Tensor]]:
         """Each layer's state buffers by kind: "keys" and "values", "conv" and "recurrent", or none."""
@@ -185,28 +124,75 @@ class DecodeStep(nn.Module):
             for buffer in state.values():
                 buffer.zero_()
 
-    def _masks(self, position: Tensor) -> Tensor | dict[str, Tensor | None] | None:
-        """The masks `[batch, 1, 1, context]` the model expects: one for each layer type, a single causal one, or none.
-        """
+    def _logits(self, layers: list[Any], masks: _Masks, **inputs: Tensor) -> Tensor:
+        cache = Cache(layers=cast(Any, layers))
+        output = self.model(**inputs, attention_mask=masks, use_cache=True, **{self._cache: cache})
+        return output.logits[:, -1]
+
+    def _masks(self, position: Tensor, placed: Callable[[Tensor], Tensor]) -> _Masks:
+        """The masks the model expects: one for each layer type, a single causal one, or none. `placed` gives one of
+        `[tokens, context]` its dimensions of batch and heads."""
         config = _text_config(self.model)
+
+        def mask(kind: str) -> Tensor:
+            keys = torch.arange(self.context, device=position.device)
+            return self._scores(placed(_LAYER_MASKS[kind](keys[None, :], position[:, None], config)))
+
         if kinds := _layer_types(config):
             if kinds <= set(_UNMASKED):
                 return None
-            return {k: None if k in _UNMASKED else self._mask(k, position, config) for k in sorted(kinds)}
-        if getattr(config, "sliding_window", None) is not None:
-            return self._mask("sliding_attention", position, config)
-        return self._mask("full_attention", position, config)
+            return {kind: None if kind in _UNMASKED else mask(kind) for kind in sorted(kinds)}
+        return mask("full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention")
 
-    def _mask(self, kind: str, position: Tensor, config: Any) -> Tensor:
-        keys = torch.arange(self.context, device=position.device)
-        sees = _LAYER_MASKS[kind](keys[None, :], position[:, None], config)[:, None, None, :]
-        sees = sees.expand(self.batch, 1, 1, self.context)
-        if _attention(config) != "eager":
+    def _scores(self, sees: Tensor) -> Tensor:
+        """The mask as attention takes it: eager attention adds it to the scores."""
+        if _attention(_text_config(self.model)) != "eager":
             return sees
-        # Eager attention adds its mask to the scores.
         dtype = next(self.model.parameters()).dtype
-        floor = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=position.device)
+        floor = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=sees.device)
         return torch.where(sees, torch.zeros_like(floor), floor)
+
+
+class PrefillStep(nn.Module):
+    """Many tokens of one sequence at once, into the caches of a `DecodeStep`.
+
+    `forward(input_ids, position, slot, last)`: `input_ids` int64 `[1, tokens]`; `position` int64 `[tokens]`, of each
+    token its own; `slot` int64 `[1]`, the row of the caches; `last` int64 `[1]`, the index of the token whose logits
+    are wanted; returns logits `[1, vocab]`. A token sees what that row of the caches holds at its own position and
+    before it, so a long prompt may come in pieces. In buckets, tokens that pad are sent to a position that nobody sees:
+    `pad={"position": context - 1}`.
+
+    Raises InputError for a model with recurrent state, which has no positions to write tokens to, and for one that
+    computes the logits of all tokens or of none.
+    """
+
+    def __init__(self, step: DecodeStep) -> None:
+        super().__init__()
+        model = step.model
+        if recurrent := [i for i, state in enumerate(step.caches()) if {"conv", "recurrent"} & set(state)]:
+            raise InputError(
+                f"{type(model).__name__} keeps recurrent state, which PrefillStep cannot fill",
+                expected="attention layers, whose keys and values have positions",
+                came=f"a convolution or a recurrence in layers {', '.join(map(str, recurrent))}",
+                remedy="give a prompt to the decode step token by token, or to the model itself",
+            )
+        if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+            raise InputError(
+                f"{type(model).__name__} cannot be asked for the logits of one token",
+                expected="a forward that takes logits_to_keep",
+                came=", ".join(inspect.signature(model.forward).parameters),
+                remedy="give a prompt to the decode step token by token",
+            )
+        self.step = step
+
+    def forward(self, input_ids: Tensor, position: Tensor, slot: Tensor, last: Tensor) -> Tensor:
+        return self.step._logits(
+            [bound(state, lambda k, v: BoundRow(k, v, position, slot)) for state in self.step.caches()],
+            self.step._masks(position, lambda sees: sees[None, None]),
+            input_ids=input_ids,
+            position_ids=position[None],
+            logits_to_keep=last,
+        )
 
 
 def gemma4_config(layers: int, size: Literal["tiny", "full"]) -> Any:

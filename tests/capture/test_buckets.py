@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from bucket_steps import ServingStep, serving_step
+from bucket_steps import DecodeStep, serving_step
 from moe_blocks import HIDDEN, Layer
 from torch import Tensor, nn
 
@@ -359,7 +359,7 @@ def test_calls_of_all_sizes_from_several_threads() -> None:
 CONTEXT, BATCH = tiny_models.CONTEXT, 8
 
 
-def bucketed(step: ServingStep, buckets: tuple[int, ...], **options: Any) -> BucketedModel:
+def bucketed(step: DecodeStep, buckets: tuple[int, ...], **options: Any) -> BucketedModel:
     device = next(step.parameters()).device
     example = torch.arange(step.batch, device=device)[:, None], torch.arange(step.batch, device=device)
     options = {"pad": {"position": step.context - 1}, **options}
@@ -375,7 +375,7 @@ def tokens(rows: int, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     return ids.to(device), torch.randint(0, CONTEXT - 1, (rows,), generator=generator).to(device)
 
 
-def padded(step: ServingStep, buckets: tuple[int, ...], ids: Tensor, position: Tensor) -> Tensor:
+def padded(step: DecodeStep, buckets: tuple[int, ...], ids: Tensor, position: Tensor) -> Tensor:
     """The reference: the model, eagerly, on rows padded by hand to the size of the bucket."""
     rows = len(ids)
     size = min(bucket for bucket in buckets if bucket >= rows)
@@ -384,7 +384,7 @@ def padded(step: ServingStep, buckets: tuple[int, ...], ids: Tensor, position: T
         return step(ids, torch.cat([position, position.new_full((size - rows,), step.context - 1)]))[:rows]
 
 
-def same_caches(one: ServingStep, other: ServingStep) -> bool:
+def same_caches(one: DecodeStep, other: DecodeStep) -> bool:
     """All but the scratch position."""
     pairs = zip(one.caches(), other.caches(), strict=True)
     return all(torch.equal(mine[kind][:, :, :-1], theirs[kind][:, :, :-1]) for mine, theirs in pairs for kind in mine)
@@ -428,15 +428,7 @@ def test_a_decode_step_without_a_scratch_position_is_refused() -> None:
 
 
 def test_a_step_with_one_position_for_all_rows_is_refused() -> None:
-    from auxstream.capture.huggingface import DecodeStep
-
-    class Shared(ServingStep):
-        def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
-            return super().forward(input_ids, position.expand(input_ids.shape[0]))
-
-    assert issubclass(Shared, DecodeStep)
-    made = serving_step("qwen2_moe", batch=4)
-    step = Shared(made.model, 4, CONTEXT)
+    step = serving_step("qwen2_moe", batch=4)
     with pytest.raises(CaptureError, match="would write 'keys_0'"):
         auxstream.compile(
             step, (torch.arange(4)[:, None], torch.tensor([5])), Options(buckets=(4,), pad={"input_ids": 0})
