@@ -7,7 +7,7 @@ import tiny_models
 
 pytest.importorskip("transformers")
 
-from auxstream.capture.huggingface import DecodeStep, build  # noqa: E402
+from auxstream.capture.huggingface import DecodeStep, build
 
 
 def serving_step(name: str, *, batch: int, context: int = tiny_models.CONTEXT) -> DecodeStep:

@@ -11,13 +11,15 @@ import torch
 from architectures import ARCHITECTURES, traceable_longcat
 from torch import Tensor
 
+import auxstream
 from auxstream.capture.mark import mark_multi_stream_moe_shared_experts
+from auxstream.capture.options import Options
 from auxstream.capture.schedule import insert_regions
 from auxstream.capture.trace import trace
-from auxstream.runtime.errors import InputError, MissingDependencyError, TraceError
+from auxstream.runtime.errors import CaptureError, InputError, MissingDependencyError, TraceError
 
 transformers = pytest.importorskip("transformers")
-from auxstream.capture.huggingface import DecodeStep, build, gemma4_config  # noqa: E402
+from auxstream.capture.huggingface import DecodeStep, PrefillStep, build, gemma4_config  # noqa: E402
 
 
 def steps(call: Callable[[Tensor, Tensor], Tensor], step: DecodeStep, positions: list[Tensor]) -> list[Tensor]:
@@ -196,3 +198,153 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest
     with pytest.raises(MissingDependencyError) as caught:
         importlib.import_module("auxstream.capture.huggingface")
     assert "auxstream[hf]" in caught.value.remedy
+
+
+# --- fewer rows, and prompts ------------------------------------------------------------------------------------------
+
+CONTEXT = 40
+PROMPTS = (20, 7)
+
+
+def own_continuation(model: torch.nn.Module, tokens: Tensor, prompt: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The reference: the model's own forward and cache, over the prompt and then token by token; logits, and keys."""
+    cache = transformers.DynamicCache(config=model.config)
+    logits: list[Tensor] = []
+    pieces = tokens.split([prompt, *[1] * (tokens.shape[1] - prompt)], dim=1)
+    with torch.no_grad():
+        for piece in pieces:
+            logits.append(model(input_ids=piece, past_key_values=cache, logits_to_keep=1).logits[:, -1])
+    return logits, [layer.keys for layer in cache.layers]
+
+
+def prompted(prefill: PrefillStep, tokens: Tensor, slot: int, start: int = 0) -> Tensor:
+    """The logits of the last of `tokens`, [1, n], written into `slot` from position `start` on."""
+    count = tokens.shape[1]
+    with torch.no_grad():
+        return prefill(tokens, torch.arange(start, start + count), torch.tensor([slot]), torch.tensor([count - 1]))
+
+
+@pytest.mark.parametrize("name", ["gemma4", "deepseek_v3", "qwen2_moe", "llama4"])
+def test_prompts_and_steps_after_them_equal_the_models_own_forward(name: str) -> None:
+    """Two sequences of other lengths, in rows 0 and 1 of three; windows and chunks are crossed."""
+    model, further = ARCHITECTURES[name].model(torch.float32), 6
+    step = DecodeStep(model, batch=3, context=CONTEXT)
+    prefill = PrefillStep(step)
+    tokens = [torch.randint(0, 128, (1, prompt + further)) for prompt in PROMPTS]
+    expected = [own_continuation(model, row, prompt)[0] for row, prompt in zip(tokens, PROMPTS, strict=True)]
+    for slot, (row, prompt) in enumerate(zip(tokens, PROMPTS, strict=True)):
+        torch.testing.assert_close(prompted(prefill, row[:, :prompt], slot), expected[slot][0], rtol=1e-4, atol=1e-5)
+    for turn in range(further):
+        position = torch.tensor([prompt + turn for prompt in PROMPTS])
+        ids = torch.cat([row[:, at : at + 1] for row, at in zip(tokens, position.tolist(), strict=True)])
+        with torch.no_grad():
+            mine = step(ids, position)
+        torch.testing.assert_close(mine, torch.cat([e[1 + turn] for e in expected]), rtol=1e-4, atol=1e-5)
+    assert not any(buffer[2].any() for state in step.caches() for buffer in state.values()), "nobody's row"
+
+
+@pytest.mark.parametrize("name", ["gemma4", "deepseek_v3", "qwen2_moe"])
+def test_a_prompt_as_long_as_the_context_has_the_bits_of_the_models_own_forward(name: str) -> None:
+    model = ARCHITECTURES[name].model()
+    model.set_attn_implementation("eager")  # pyright: ignore
+    tokens = torch.randint(0, 128, (1, 20))
+    (expected,), keys = own_continuation(model, tokens, 20)
+    step = DecodeStep(model, batch=2, context=20)
+    assert torch.equal(prompted(PrefillStep(step), tokens, 1), expected)
+    for state, own in zip(step.caches(), keys, strict=True):
+        assert torch.equal(state["keys"][1:, :, -own.shape[2] :], own)  # of a sliding layer, the last ones are kept
+
+
+@pytest.mark.parametrize("name", ["gemma4", "deepseek_v3", "qwen2_moe"])
+def test_a_traced_prompt_has_the_bits_of_the_eager_one_and_writes_in_place(name: str) -> None:
+    """In two pieces: the second reads what the first has written."""
+    config = ARCHITECTURES[name].config()
+    config.vocab_size = 131  # unlike any other size
+    model = build(config)
+    mine, other = (DecodeStep(model, batch=2, context=CONTEXT) for _ in range(2))
+    tokens = torch.randint(0, 128, (1, 24))
+    args = torch.zeros(1, 12, dtype=torch.int64), torch.arange(12), torch.tensor([0]), torch.tensor([0])
+    traced = trace(PrefillStep(mine), args)
+    kinds = [f"step.{kind}_{i}" for i, state in enumerate(mine.caches()) for kind in state]
+    assert sorted(traced.mutated_buffers) == sorted(kinds)
+    values = [node.meta.get("val") for node in traced.graph_module.graph.nodes if node.op == "call_function"]
+    shapes = [value.shape for value in values if isinstance(value, Tensor)]
+    assert {shape[:-1].numel() for shape in shapes if shape[-1:] == (131,)} == {1}, "the logits of one token"
+    for start in (0, 12):
+        piece = tokens[:, start : start + 12]
+        expected = prompted(PrefillStep(other), piece, 1, start)
+        assert torch.equal(prompted(traced.graph_module, piece, 1, start), expected)  # pyright: ignore
+    for state, theirs in zip(mine.caches(), other.caches(), strict=True):
+        assert all(torch.equal(state[kind], theirs[kind]) for kind in state)
+        assert not state["keys"][0].any()
+
+
+def test_a_prompt_in_pieces_equals_the_whole() -> None:
+    tokens = torch.randint(0, 128, (1, 24))
+    whole = DecodeStep(ARCHITECTURES["gemma4"].model(torch.float32), batch=2, context=CONTEXT)
+    pieces = DecodeStep(whole.model, batch=2, context=CONTEXT)
+    prompted(PrefillStep(pieces), tokens[:, :9], 0)
+    last = prompted(PrefillStep(pieces), tokens[:, 9:], 0, 9)
+    torch.testing.assert_close(last, prompted(PrefillStep(whole), tokens, 0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "deepseek_v3", "qwen2_moe"])
+def test_a_padded_prompt_equals_the_one_that_is_not(name: str) -> None:
+    """Tokens that pad go to the scratch position; the last token is named, so they may follow it."""
+    model = ARCHITECTURES[name].model()
+    mine, other = (DecodeStep(model, batch=2, context=24) for _ in range(2))
+    example = torch.arange(8)[None], torch.arange(8), torch.tensor([1]), torch.tensor([0])
+    options = Options(buckets=(4, 8), pad={"position": 23}, mlir_elementwise_fusion=False)
+    fast = auxstream.compile(PrefillStep(mine), example, options)
+    assert [verdict.how for verdict in fast.padding] == ["checked", "checked"]
+    for count, slot in ((5, 0), (3, 1), (8, 0), (1, 1)):
+        tokens = torch.randint(0, 128, (1, count))
+        expected = prompted(PrefillStep(other), tokens, slot)
+        torch.testing.assert_close(prompted(fast, tokens, slot), expected, rtol=2e-2, atol=1e-2)
+        for state, theirs in zip(mine.caches(), other.caches(), strict=True):
+            for kind in state:
+                torch.testing.assert_close(state[kind][:, :, :-1], theirs[kind][:, :, :-1], rtol=2e-2, atol=1e-2)
+
+
+def test_a_prompt_padded_into_its_own_positions_is_refused() -> None:
+    prefill = PrefillStep(DecodeStep(ARCHITECTURES["qwen2_moe"].model(), batch=1, context=24))
+    example = torch.arange(8)[None], torch.arange(8), torch.tensor([0]), torch.tensor([0])
+    with pytest.raises(CaptureError, match=r"would write 'step\.keys_0'"):
+        auxstream.compile(prefill, example, Options(buckets=(8,), pad={"position": 3}, mlir_elementwise_fusion=False))
+
+
+def test_tokens_in_another_row_or_unmasked_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twins of the tests above."""
+    module = sys.modules["auxstream.capture.huggingface"]
+    row = module.BoundRow
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "BoundRow", lambda keys, values, position, slot: row(keys, values, position, slot * 0))
+        with pytest.raises(AssertionError):
+            test_prompts_and_steps_after_them_equal_the_models_own_forward("qwen2_moe")
+    masks = {**module._LAYER_MASKS, "full_attention": lambda k, q, config: k >= 0 * q}
+    monkeypatch.setattr(module, "_LAYER_MASKS", masks)
+    with pytest.raises(AssertionError):
+        test_a_prompt_as_long_as_the_context_has_the_bits_of_the_models_own_forward("qwen2_moe")
+
+
+def test_recurrent_models_have_no_prefill_and_too_many_rows_no_caches() -> None:
+    with pytest.raises(InputError, match="keeps recurrent state") as caught:
+        PrefillStep(DecodeStep(ARCHITECTURES["qwen3_next"].model(), batch=1, context=8))
+    assert caught.value.came == "a convolution or a recurrence in layers 0"
+    step = DecodeStep(build(gemma4_config(1, "tiny")), batch=2, context=8)
+    with pytest.raises(InputError, match="so many sequences") as caught:
+        step(torch.zeros(3, 1, dtype=torch.int64), torch.arange(3))
+    assert caught.value.came == "3"
+
+
+def test_fewer_rows_leave_the_others_alone_in_every_kind_of_state() -> None:
+    for name in ("gemma4", "nemotron_h", "falcon_h1"):
+        step = DecodeStep(ARCHITECTURES[name].model(), batch=3, context=8)
+        tokens = torch.randint(0, 128, (3, 1))
+        with torch.no_grad():
+            step(tokens, torch.tensor([0]))
+            before = [buffer.clone() for state in step.caches() for buffer in state.values()]
+            assert step(tokens[:2], torch.tensor([1, 2])).shape[0] == 2
+        after = [buffer for state in step.caches() for buffer in state.values()]
+        assert all(torch.equal(a[2], b[2]) for a, b in zip(after, before, strict=True))
+        assert not all(torch.equal(a[:2], b[:2]) for a, b in zip(after, before, strict=True))
