@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -23,6 +23,7 @@ from ..runtime.machine import current_machine, thread_state, using_machine
 from ..runtime.settings import SETTINGS, VERIFY_VALUES, Verify
 from .allocator import AllocatorModel
 from .evidence import Evidence, from_program
+from .hazards import Hazard
 from .program import Program
 from .proof import Report, not_checked
 from .proof import verify as prove
@@ -77,6 +78,11 @@ class CapturedGraph:
         return self._program
 
     @property
+    def programs(self) -> tuple[Program, ...]:
+        """What was recorded, capture by capture."""
+        return (self.program,)
+
+    @property
     def evidence(self) -> Evidence:
         """What its proof is about: the CUDA graph's own nodes where there is one, else the program."""
         return self._recorded() if self._evidence is None else self._evidence
@@ -103,6 +109,10 @@ class CapturedGraph:
     def attach_evidence(self, evidence: Evidence) -> None:
         """Take what was read back from the CUDA graph."""
         self._evidence = evidence
+
+    def let_go(self, storages: Collection[int]) -> None:
+        """Keep outside memory with these storages alive no longer: its owner knows until when it is needed."""
+        self._outside = {b: m for b, m in self._outside.items() if m.untyped_storage()._cdata not in storages}
 
     def prove(self, *, checked: bool) -> Report:
         """Fill in the report."""
@@ -159,6 +169,11 @@ class SimulatedGraph(CapturedGraph):
             raise self._unfinished("its simulation")
         return self._simulation
 
+    @property
+    def hazards(self) -> tuple[Hazard, ...]:
+        """What replays turn around first."""
+        return tuple(race.hazard for race in self.report.races)
+
     def replay(self) -> None:
         simulation = self.simulation
         if isinstance(thread_state.machine, RecordingMachine):
@@ -168,9 +183,8 @@ class SimulatedGraph(CapturedGraph):
                 came="one while this thread records",
                 remedy="run the work itself in the outer block, or replay one graph after the other",
             )
-        hazards = tuple(race.hazard for race in self.report.races)
         with self.order:
-            order = simulation.orders.adversarial(self.replays, hazards)
+            order = simulation.orders.adversarial(self.replays, self.hazards)
             self.replays += 1
             simulation.run(order)
 
@@ -237,7 +251,7 @@ def graph(
     verify: Verify = "error",
     device: torch.device | str | None = None,
     pool: Any = None,
-    stream: torch.cuda.Stream | None = None,
+    stream: torch.cuda.Stream | int | None = None,
 ) -> Generator[CapturedGraph]:
     """Capture a block of work: `with auxstream.graph() as g: out = model(x)`, then `g.replay()`.
 
@@ -247,7 +261,7 @@ def graph(
             nothing. `AUXSTREAM_VERIFY` overrides it.
         device: None for the current CUDA device, or the simulated machine where there is none; `"cpu"` forces that.
         pool: a graph memory pool to share, as in `torch.cuda.graph`; on the simulated machine, an `AllocatorModel`.
-        stream: the stream to capture on; default: a stream of this module's own. Likewise.
+        stream: the stream to capture on; default: a stream of this module's own. Likewise, a number.
 
     Raises:
         CaptureError: work that cannot be captured, or a region left open when the block ends.
@@ -274,7 +288,7 @@ def graph(
             came="a nested one",
             remedy="end the outer block first, or use regions (auxstream.fork) alone inside it",
         )
-    context = _record(name, mode, pool) if chosen.type == "cpu" else _capture(name, mode, chosen, pool, stream)
+    context = _record(name, mode, pool, stream) if chosen.type == "cpu" else _capture(name, mode, chosen, pool, stream)
     with ranges.span(f"capture {name}"), context as captured:
         yield captured
 
@@ -313,11 +327,11 @@ def _abandon(machine: RecordingMachine, error: BaseException) -> None:
 
 
 @contextmanager
-def _record(name: str, mode: Verify, pool: AllocatorModel | None) -> Generator[CapturedGraph]:
+def _record(name: str, mode: Verify, pool: AllocatorModel | None, stream: Any) -> Generator[CapturedGraph]:
+    caller = stream if isinstance(stream, int) else CALLER
     captured = SimulatedGraph(name)
     recorder = Recorder(allocator=AllocatorModel() if pool is None else pool, watch=mode)
-    below = InlineStreams(lambda: CALLER) if SETTINGS.disable else SimulatedStreams()
-    machine = RecordingMachine(below, recorder)
+    machine = RecordingMachine(InlineStreams(lambda: caller) if SETTINGS.disable else SimulatedStreams(caller), recorder)
     rng = torch.get_rng_state()
     try:
         with _recording(machine, NoHostReads("cpu"), recorder):
@@ -336,9 +350,7 @@ def _record(name: str, mode: Verify, pool: AllocatorModel | None) -> Generator[C
 
 
 @contextmanager
-def _capture(
-    name: str, mode: Verify, device: torch.device, pool: Any, stream: torch.cuda.Stream | None
-) -> Generator[CapturedGraph]:
+def _capture(name: str, mode: Verify, device: torch.device, pool: Any, stream: Any) -> Generator[CapturedGraph]:
     from ..runtime.cuda import CudaMachine
     from .attribution import CaptureWatch
     from .cuda_capture import CudaCapture

@@ -46,12 +46,12 @@ class SimulatedLane:
 
 
 class SimulatedStreams:
-    """Streams as numbers: the caller is 0, lanes count from 1, the lowest free one first, as on a GPU."""
+    """Streams as numbers: the caller's, lanes count from 1, the lowest free one first, as on a GPU."""
 
     compares_versions = False
 
-    def __init__(self) -> None:
-        self._current = CALLER
+    def __init__(self, caller: int = CALLER) -> None:
+        self._current = caller
         self._free: list[SimulatedLane] = []
         self._made = 0
 
