@@ -1,0 +1,331 @@
+"""Device code of the experts for few tokens: each expert that is reached is read once, at the pace of memory.
+
+Enters: hidden states, the experts chosen per token, and both weights of every expert. Leaves: per pair of a token and
+an expert its activations, then its output rows, or for one token the sum of them. Invariant: programs write disjoint
+elements, every sum has one fixed order, and no address depends on anything but the chosen experts.
+
+Strides say how weights lie: `e` from expert to expert, `n` from one output to the next, `k` along what is summed over,
+`u` from a gate's row to its partner's. Sums are float32; activations are rounded once, to the type of the model.
+"""
+
+# pyright: basic
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+from . import device_math as dm
+
+
+@triton.jit
+def activated(
+    g, u, ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr
+):  # fmt: skip
+    """act(gate) * (up + SHIFT), both clamped before if there is a limit; act(gate) alone without a gate."""
+    if LIMIT is not None:
+        g = tl.minimum(g, LIMIT)
+    if ACT == "silu":
+        y = g * tl.sigmoid(g * ALPHA)
+    elif ACT == "gelu_tanh":  # 0.5 * (1 + tanh(z)) is sigmoid(2 z)
+        y = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+    elif ACT == "gelu":
+        y = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    else:
+        tl.static_assert(ACT == "relu2")
+        y = tl.maximum(g, 0.0)
+        y = y * y
+    if GATED:
+        if LIMIT is not None:
+            u = tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
+        y = y * (u + SHIFT)
+    return y
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """To the nearest of that type, in the interpreter too."""
+    if tl.bfloat16 == DTYPE:
+        return dm.to_bf16(x)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def _dot(a, b, total):
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def _wide_dot(a, b, total):
+    """The interpreter multiplies bfloat16 by the integers it keeps it in."""
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+
+
+dot = _wide_dot if knobs.runtime.interpret else _dot
+
+
+# --- one token --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _up_rows(
+    x, chosen, w, bias, act, w_e, w_n, w_k, w_u, b_e, b_n, b_u, block, slot,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+    EVICT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """ROWS activations of the slot's expert, for the one token there is."""
+    expert = tl.load(chosen + slot).to(tl.int64)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    there = (rows[:, None] < INNER) & (cols[None, :] >= 0)
+    inputs = x + rows[:, None] * 0 + cols[None, :]  # laid out as the weights are: no exchange between threads
+    gates = w + expert * w_e + rows[:, None] * w_n + cols[None, :] * w_k
+    g = tl.zeros([ROWS, COLS], tl.float32)
+    u = tl.zeros([ROWS, COLS], tl.float32)
+    if STAGES == 0:
+        for c in tl.static_range(0, HIDDEN, COLS):
+            mask = there if c + COLS <= HIDDEN else there & (cols[None, :] < HIDDEN - c)
+            part = tl.load(inputs + c, mask=mask, other=0.0).to(tl.float32)
+            g += tl.load(gates + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32) * part
+            if GATED:
+                u += tl.load(gates + w_u + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32) * part
+    else:
+        for c in tl.range(0, HIDDEN, COLS, num_stages=STAGES):
+            mask = there & (cols[None, :] < HIDDEN - c)
+            part = tl.load(inputs + c, mask=mask, other=0.0).to(tl.float32)
+            g += tl.load(gates + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32) * part
+            if GATED:
+                u += tl.load(gates + w_u + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32) * part
+    gate, up = tl.sum(g, 1), tl.sum(u, 1)
+    if BIAS:
+        near = bias + expert * b_e + rows * b_n
+        gate += tl.load(near, mask=rows < INNER, other=0.0).to(tl.float32)
+        if GATED:
+            up += tl.load(near + b_u, mask=rows < INNER, other=0.0).to(tl.float32)
+    value = activated(gate, up, ACT, GATED, ALPHA, LIMIT, SHIFT)
+    tl.store(act + slot * INNER + rows, rounded(value, act.dtype.element_ty), mask=rows < INNER)
+
+
+@triton.jit
+def _down_part(w, expert, rows, cols, w_e, w_n, w_k, mask, EVICT: tl.constexpr):
+    at = w + expert[:, None, None] * w_e + rows[None, :, None] * w_n + cols[None, None, :] * w_k
+    return tl.load(at, mask=mask, other=0.0, eviction_policy=EVICT)
+
+
+@triton.jit
+def _down_rows(
+    act, chosen, scale, w, bias, out, w_e, w_n, w_k, b_e, arrived, block,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, K2: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+    EVICT: tl.constexpr, BIAS: tl.constexpr, AWAITED: tl.constexpr,
+):  # fmt: skip
+    """ROWS outputs of the one token, summed over its experts in the order chosen. With AWAITED, the first weights are
+    read before the activations are waited for."""
+    slots = tl.arange(0, K2)
+    expert = tl.load(chosen + slots, mask=slots < K, other=0).to(tl.int64)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    there = (slots[:, None, None] < K) & (rows[None, :, None] < HIDDEN)
+    share = tl.load(scale + slots, mask=slots < K, other=0.0).to(tl.float32)
+    first = _down_part(w, expert, rows, cols, w_e, w_n, w_k, there & (cols[None, None, :] < INNER), EVICT)
+    if AWAITED:
+        while tl.atomic_add(arrived, 0, sem="acquire") < AWAITED:
+            pass
+    total = tl.zeros([K2, ROWS, COLS], tl.float32)
+    for c in tl.static_range(0, INNER, COLS):
+        mask = there & (cols[None, None, :] < INNER - c)
+        weights = first if c == 0 else _down_part(w, expert, rows, c + cols, w_e, w_n, w_k, mask, EVICT)
+        at = act + slots[:, None, None] * INNER + rows[None, :, None] * 0 + (c + cols)[None, None, :]
+        values = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        total += weights.to(tl.float32) * values
+    each = tl.sum(total, 2)
+    if BIAS:
+        near = bias + expert[:, None] * b_e + rows[None, :]
+        each += tl.load(near, mask=(slots[:, None] < K) & (rows[None, :] < HIDDEN), other=0.0).to(tl.float32)
+    value = tl.sum(each * share[:, None], 0)
+    tl.store(out + rows, rounded(value, out.dtype.element_ty), mask=rows < HIDDEN)
+
+
+@triton.jit
+def _prefetch(next, chosen, n_e, last, K: tl.constexpr, LATE: tl.constexpr, AHEAD: tl.constexpr):
+    """The last LATE programs ask for the next weights' first lines, AHEAD each: memory works while kernels change."""
+    if last < LATE:
+        expert = tl.load(chosen + last % K).to(tl.int64)
+        lines = (last // K) * AHEAD + tl.arange(0, AHEAD)
+        at = (next + expert * n_e + lines * 64).to(tl.int64)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
+
+
+@triton.jit
+def experts_up_one(
+    x, chosen, w, bias, act, next, w_e, w_n, w_k, w_u, b_e, b_n, b_u, n_e, K: tl.constexpr, LATE: tl.constexpr,
+    AHEAD: tl.constexpr,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+    EVICT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (INNER + ROWS - 1) // ROWS
+    program = tl.program_id(0)
+    if AHEAD:
+        _prefetch(next, chosen, n_e, K * blocks - 1 - program, K, LATE, AHEAD)
+    _up_rows(x, chosen, w, bias, act, w_e, w_n, w_k, w_u, b_e, b_n, b_u, program % blocks, program // blocks,
+             HIDDEN, INNER, ROWS, COLS, STAGES, EVICT, BIAS, ACT, GATED, ALPHA, LIMIT, SHIFT)  # fmt: skip
+
+
+@triton.jit
+def experts_down_one(
+    act, chosen, scale, w, bias, out, w_e, w_n, w_k, b_e,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, K2: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+    EVICT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    _down_rows(act, chosen, scale, w, bias, out, w_e, w_n, w_k, b_e, chosen, tl.program_id(0),
+               HIDDEN, INNER, K, K2, ROWS, COLS, EVICT, BIAS, 0)  # fmt: skip
+
+
+@triton.jit
+def experts_one(
+    x, chosen, scale, up, up_bias, down, down_bias, act, out, arrived,
+    u_e, u_n, u_k, u_u, ub_e, ub_n, ub_u, d_e, d_n, d_k, db_e,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, K2: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+    STAGES: tl.constexpr, DOWN_ROWS: tl.constexpr, DOWN_COLS: tl.constexpr, EVICT: tl.constexpr, BIAS: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Both products in one launch. Programs start in the order of their numbers, so those of the second product find
+    all of the first's running or done: they read their weights, and wait for the count of arrivals."""
+    blocks: tl.constexpr = (INNER + ROWS - 1) // ROWS
+    program = tl.program_id(0)
+    if program < K * blocks:
+        _up_rows(x, chosen, up, up_bias, act, u_e, u_n, u_k, u_u, ub_e, ub_n, ub_u, program % blocks, program // blocks,
+                 HIDDEN, INNER, ROWS, COLS, STAGES, EVICT, BIAS, ACT, GATED, ALPHA, LIMIT, SHIFT)  # fmt: skip
+        tl.debug_barrier()
+        tl.atomic_add(arrived, 1, sem="release")
+    else:
+        _down_rows(act, chosen, scale, down, down_bias, out, d_e, d_n, d_k, db_e, arrived, program - K * blocks,
+                   HIDDEN, INNER, K, K2, DOWN_ROWS, DOWN_COLS, EVICT, BIAS, K * blocks)  # fmt: skip
+
+
+# --- a few tokens -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _first_use(chosen, slot, PAIRS: tl.constexpr, P: tl.constexpr, P2: tl.constexpr):
+    """The slot's expert, or -1 if an earlier slot has it or no token chose it. Slots are pairs, or experts."""
+    pairs = tl.arange(0, P2)
+    ids = tl.load(chosen + pairs, mask=pairs < P, other=-1).to(tl.int32)
+    if PAIRS:
+        expert = tl.load(chosen + slot).to(tl.int32)
+        used = tl.sum(((ids == expert) & (pairs < slot)).to(tl.int32), 0) == 0
+    else:
+        expert = slot
+        used = tl.sum((ids == expert).to(tl.int32), 0) > 0
+    return tl.where(used, expert, -1)
+
+
+@triton.jit
+def _mine(chosen, expert, T: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, TOKENS: tl.constexpr):
+    """Per token the first of its choices that is this expert, or K2."""
+    tokens, choices = tl.arange(0, TOKENS), tl.arange(0, K2)
+    mask = (tokens[:, None] < T) & (choices[None, :] < K)
+    ids = tl.load(chosen + tokens[:, None] * K + choices[None, :], mask=mask, other=-1).to(tl.int32)
+    return tl.min(tl.where(ids == expert, choices[None, :], K2), 1)
+
+
+@triton.jit
+def _share(chosen, scale, expert, T: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, TOKENS: tl.constexpr):
+    """Per token its weight for this expert."""
+    tokens, choices = tl.arange(0, TOKENS), tl.arange(0, K2)
+    mask = (tokens[:, None] < T) & (choices[None, :] < K)
+    at = tokens[:, None] * K + choices[None, :]
+    ids = tl.load(chosen + at, mask=mask, other=-1).to(tl.int32)
+    scales = tl.load(scale + at, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(tl.where(ids == expert, scales, 0.0), 1)
+
+
+@triton.jit
+def experts_up_few(
+    x, chosen, w, bias, act, x_t, w_e, w_n, w_k, w_u, b_e, b_n, b_u,
+    T: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, P2: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+    EVICT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """ROWS activations of one expert, for each of its tokens."""
+    blocks: tl.constexpr = (INNER + ROWS - 1) // ROWS
+    program = tl.program_id(0)
+    expert = _first_use(chosen, program // blocks, PAIRS, T * K, P2)
+    if expert >= 0:
+        choice = _mine(chosen, expert, T, K, K2, TOKENS)
+        rows = (program % blocks) * ROWS + tl.arange(0, ROWS)
+        tokens, cols = tl.arange(0, TOKENS), tl.arange(0, COLS)
+        here = (choice < K)[:, None]
+        there = rows[None, :] < INNER
+        gates = w + expert.to(tl.int64) * w_e + rows[None, :] * w_n + cols[:, None] * w_k
+        inputs = x + tokens[:, None] * x_t + cols[None, :]
+        g = tl.zeros([TOKENS, ROWS], tl.float32)
+        u = tl.zeros([TOKENS, ROWS], tl.float32)
+        for c in tl.range(0, HIDDEN, COLS, num_stages=STAGES):
+            part = tl.load(inputs + c, mask=here & (cols[None, :] < HIDDEN - c), other=0.0)
+            mask = there & (cols[:, None] < HIDDEN - c)
+            g = dot(part, tl.load(gates + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT), g)
+            if GATED:
+                u = dot(part, tl.load(gates + w_u + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT), u)
+        if BIAS:
+            near = bias + expert.to(tl.int64) * b_e + rows * b_n
+            g += tl.load(near, mask=rows < INNER, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                u += tl.load(near + b_u, mask=rows < INNER, other=0.0).to(tl.float32)[None, :]
+        value = activated(g, u, ACT, GATED, ALPHA, LIMIT, SHIFT)
+        at = act + (tokens * K + choice)[:, None] * INNER + rows[None, :]
+        tl.store(at, rounded(value, act.dtype.element_ty), mask=here & there)
+
+
+@triton.jit
+def experts_down_few(
+    act, chosen, scale, w, bias, part, w_e, w_n, w_k, b_e,
+    T: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, P2: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+    EVICT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """ROWS outputs of one expert for each of its tokens, weighted, in float32."""
+    blocks: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
+    program = tl.program_id(0)
+    expert = _first_use(chosen, program // blocks, PAIRS, T * K, P2)
+    if expert >= 0:
+        choice = _mine(chosen, expert, T, K, K2, TOKENS)
+        rows = (program % blocks) * ROWS + tl.arange(0, ROWS)
+        tokens, cols = tl.arange(0, TOKENS), tl.arange(0, COLS)
+        here = (choice < K)[:, None]
+        there = rows[None, :] < HIDDEN
+        weights = w + expert.to(tl.int64) * w_e + rows[None, :] * w_n + cols[:, None] * w_k
+        inputs = act + (tokens * K + choice)[:, None] * INNER + cols[None, :]
+        total = tl.zeros([TOKENS, ROWS], tl.float32)
+        for c in tl.range(0, INNER, COLS, num_stages=STAGES):
+            values = tl.load(inputs + c, mask=here & (cols[None, :] < INNER - c), other=0.0)
+            mask = there & (cols[:, None] < INNER - c)
+            weight = tl.load(weights + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT)
+            total = dot(values, weight, total)
+        if BIAS:
+            near = bias + expert.to(tl.int64) * b_e + rows
+            total += tl.load(near, mask=rows < HIDDEN, other=0.0).to(tl.float32)[None, :]
+        share = _share(chosen, scale, expert, T, K, K2, TOKENS)
+        at = part + (tokens * K + choice)[:, None] * HIDDEN + rows[None, :]
+        tl.store(at, total * share[:, None], mask=here & there)
+
+
+@triton.jit
+def experts_sum(part, chosen, out, K: tl.constexpr, K2: tl.constexpr, HIDDEN: tl.constexpr, COLS: tl.constexpr):
+    """A token's output: its experts' rows, added up. An expert chosen twice has one row, at its first place."""
+    blocks: tl.constexpr = (HIDDEN + COLS - 1) // COLS
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
+    choices = tl.arange(0, K2)
+    ids = tl.load(chosen + token * K + choices, mask=choices < K, other=-1).to(tl.int32)
+    others = tl.load(chosen + token * K + choices, mask=choices < K, other=-1).to(tl.int32)
+    again = tl.sum(((ids[:, None] == others[None, :]) & (choices[None, :] < choices[:, None])).to(tl.int32), 1)
+    mask = ((again == 0) & (choices < K))[:, None] & (cols[None, :] < HIDDEN)
+    rows = tl.load(part + (token * K + choices)[:, None] * HIDDEN + cols[None, :], mask=mask, other=0.0)
+    tl.store(out + token * HIDDEN + cols, rounded(tl.sum(rows, 0), out.dtype.element_ty), mask=cols < HIDDEN)
