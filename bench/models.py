@@ -1,0 +1,253 @@
+"""Whole models: decode and prefill of Gemma-4-26B-A4B, and the bits of every architecture, one stream against two.
+
+    python -m auxstream.bench.models [--parts P ...] [--layers N] [--batch B ...] [--reduce-overhead] [--json PATH]
+    python -m auxstream.bench.models --architectures [--model NAME ...] [--replays N] [--part K/N] [--json PATH]
+
+Measures, all over one set of random weights, static cache of 1,024 positions, variants interleaved, medians:
+- `first`: seconds from a cold process to the first replay, with empty caches of kernels and with warm ones;
+- `decode`: time of a step of Hugging Face's model in one CUDA graph, of `compile` on one stream, with its default
+  options, and with branches fused too; with `--reduce-overhead` also of torch.compile, and the seconds that takes;
+  the host's time of one call; both branches of a layer alone, and how much of the shorter one the overlap recovers;
+  the ten costliest kernels against the bytes they must move;
+- `prefill`: a prompt through `compile`'s pieces against torch.compile without graphs.
+With `--architectures`: see bench/equality.py. Does not measure: sampling, tokenizers, real weights.
+Needs a GPU and the extra `hf`; `--device cpu --size tiny` tries it on the simulated machine, where times mean nothing.
+What does not fit into `--limit` seconds is left out, and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ..capture.compiled import CompiledModel
+from ..capture.compiler import compile
+from ..capture.graphs import CudaGraph
+from ..capture.huggingface import DecodeStep, build, gemma4_config
+from ..capture.options import Options
+from ..runtime.errors import AuxstreamError
+from .budget import Clock
+from .costliest import HEADING, costliest
+from .first_replay import first_replays
+from .harness import Figure, interleave, write
+from .launches import Captured
+from .prefill import prefill
+from .torch_compile import compiled_by_torch
+
+CONTEXT: Final = 1024
+PARTS: Final = ("first", "decode", "prefill")
+HF, SERIAL, DEFAULT, EVERYWHERE = "HF, one CUDA graph", "serial", "overlapped, default", "overlapped, fused everywhere"
+TORCH: Final = "torch.compile reduce-overhead"
+OURS: Final = {
+    SERIAL: Options(multi_stream_moe=False),
+    DEFAULT: Options(),
+    EVERYWHERE: Options(fusion_safe="*=1"),
+}
+DENSE, ROUTED = "shared branch alone", "routed branch alone"
+
+
+# --- decode -----------------------------------------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """One branch of every layer, each with an input of its own, as if the rest of the layer took no time."""
+
+    def __init__(self, layers: Any, branch: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.branch = branch
+
+    def forward(self, residuals: list[Tensor]) -> list[Tensor]:
+        layers: Any = self.layers
+        one = self._shared if self.branch == DENSE else self._routed
+        return [one(layer, residual) for layer, residual in zip(layers, residuals, strict=True)]
+
+    @staticmethod
+    def _shared(layer: Any, residual: Tensor) -> Tensor:
+        return layer.post_feedforward_layernorm_1(layer.mlp(layer.pre_feedforward_layernorm(residual)))
+
+    @staticmethod
+    def _routed(layer: Any, residual: Tensor) -> Tensor:
+        flat = residual.reshape(-1, residual.shape[-1])
+        _, weights, chosen = layer.router(flat)
+        routed = layer.experts(layer.pre_feedforward_layernorm_2(flat), chosen, weights).reshape(residual.shape)
+        return layer.post_feedforward_layernorm_2(routed)
+
+
+def decode(model: nn.Module, batch: int, clock: Clock, options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Fill in all figures of one batch size."""
+    device = clock.device
+    step = DecodeStep(model, batch, CONTEXT if options.size == "full" else 64)
+    ids = torch.randint(128, (batch, 1), device=device)
+    position = torch.full((1,), step.context // 2, dtype=torch.int64, device=device)
+    print(f"decode, batch {batch}, {options.layers} layers", flush=True)
+    runs: dict[str, Callable[[], object]] = {HF: _hugging_face(step, ids, position)}
+    ours: dict[str, CompiledModel] = {}
+    for name, chosen in OURS.items():
+        start = time.perf_counter()
+        ours[name] = compile(step, (ids, position), chosen, name=name)
+        runs[name] = partial(ours[name], ids, position)
+        results[f"compile, s: {name}"] = time.perf_counter() - start
+        print(f"  {name}: compiled in {results[f'compile, s: {name}']:.1f} s, {len(ours[name].regions)} regions, "
+              f"{ours[name].graph.memory.reserved / 2**20:.1f} MiB", flush=True)  # fmt: skip
+    layers: Any = model.model.layers  # pyright: ignore[reportAttributeAccessIssue]
+    for branch in (DENSE, ROUTED):
+        runs[branch] = _alone(layers, branch, batch, device)
+    figures = interleave({name: partial(clock.ms, run) for name, run in runs.items()}, options.rounds, "ms")
+    results |= {f"ms per step: {name}": figure for name, figure in figures.items()}
+    _compare(figures, results, options.layers)
+    for name, compiled in ours.items():
+        results[f"host, us: {name}"] = clock.host(partial(compiled, ids, position))
+        print(f"  host time of a call, {name}: {results[f'host, us: {name}']}", flush=True)
+    best = min((DEFAULT, EVERYWHERE), key=lambda name: figures[name].median)
+    captured = ours[best].graph
+    if isinstance(captured, CudaGraph):
+        results["host, us: launch of the graph alone"] = clock.host(captured.cuda_graph.replay)
+        print(f"  host time of launching the graph alone: {results['host, us: launch of the graph alone']}", flush=True)
+        found = costliest(captured)
+        results["costliest kernels"] = [_row(costly) for costly in found]
+        print(f"  costliest kernels, {best}:\n    {HEADING}", *found, sep="\n    ", flush=True)
+    if options.reduce_overhead:
+        _torch_compile(step, ids, position, clock, options, runs[best], best, results)
+
+
+def _hugging_face(step: DecodeStep, ids: Tensor, position: Tensor) -> Callable[[], object]:
+    if ids.is_cuda:
+        return Captured(step, ids, position).graph.replay
+    return torch.no_grad()(partial(step, ids, position))
+
+
+def _alone(layers: Any, branch: str, batch: int, device: torch.device) -> Callable[[], object]:
+    hidden = layers[0].pre_feedforward_layernorm.weight.shape[0]
+    residuals = [torch.randn(batch, 1, hidden, dtype=torch.bfloat16, device=device) for _ in layers]
+    compiled = compile(Branches(layers, branch), (residuals,), OURS[SERIAL], name=branch)
+    return compiled.graph.replay
+
+
+def _compare(figures: dict[str, Figure], results: dict[str, Any], layers: int) -> None:
+    """Print the steps, and what of the shorter branch each overlap hides."""
+    serial = figures[SERIAL].median
+    bound = min(figures[DENSE].median, figures[ROUTED].median)
+    results["bound: shorter branch of all layers, ms"] = bound
+    for name, timed in figures.items():
+        said = f"  {name:30} {timed}"
+        if name in (DENSE, ROUTED):
+            said += f"   {timed.median / layers * 1000:6.1f} us a layer"
+        elif name != SERIAL:
+            said += f"   serial takes {serial / timed.median:5.3f} of it"
+        if name in (DEFAULT, EVERYWHERE):
+            recovered = results[f"recovered: {name}"] = (serial - timed.median) / bound
+            said += f", recovers {recovered:4.0%} of the shorter branch"
+        print(said, flush=True)
+    results["serial over best overlapped"] = serial / min(figures[DEFAULT].median, figures[EVERYWHERE].median)
+    for name in (DEFAULT, EVERYWHERE):
+        results[f"serial over {name}"] = serial / figures[name].median
+
+
+def _row(costly: Any) -> dict[str, Any]:
+    names = ("name", "calls", "us", "nbytes", "floor_us", "ratio")
+    return {name: getattr(costly, name) for name in names}
+
+
+def _torch_compile(
+    step: DecodeStep,
+    ids: Tensor,
+    position: Tensor,
+    clock: Clock,
+    options: argparse.Namespace,
+    best: Callable[[], object],
+    name: str,
+    results: dict[str, Any],
+) -> None:
+    """torch.compile beside our best, interleaved; it may fail, and then ours stands."""
+    try:
+        clock.need(60, TORCH)
+        run, seconds = compiled_by_torch(step, (ids, position), "reduce-overhead", clock.left() - 20)
+    except Exception as error:
+        results[TORCH] = f"{type(error).__name__}: {error}"[:2000]
+        print(f"  {TORCH}: failed, {results[TORCH][:300]}", flush=True)
+        return
+    results |= {f"compile, s: {TORCH}, {caches}": took for caches, took in seconds.items()}
+    figures = interleave({TORCH: partial(clock.ms, run), name: partial(clock.ms, best)}, options.rounds, "ms")
+    results[f"ms per step: {TORCH}"] = figures[TORCH]
+    results[f"ms per step: {name}, beside it"] = figures[name]
+    results["torch.compile over ours"] = ratio = figures[TORCH].median / figures[name].median
+    told = ", ".join(f"{caches} {took:.0f} s" for caches, took in seconds.items())
+    print(f"  {TORCH:30} {figures[TORCH]}   {ratio:5.3f} of {name}; compiled: {told}", flush=True)
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Part by part; what fails or does not fit is named, and the rest goes on."""
+    device = torch.device(options.device)
+    clock = Clock.of(device, options.limit)
+    results: dict[str, Any] = {}
+
+    def part(name: str, seconds: float, run: Callable[[dict[str, Any]], None]) -> None:
+        found = results[name] = dict[str, Any]()
+        try:
+            clock.need(seconds, name)
+            run(found)
+        except (AuxstreamError, subprocess.TimeoutExpired, TimeoutError, torch.OutOfMemoryError) as error:
+            found["left out"] = str(error)
+            print(error, flush=True)
+        finally:
+            write(options.json, "models", results)
+
+    if "first" in options.parts:  # first of all: two models do not fit into a GPU's memory
+        chosen = argparse.Namespace(**{**vars(options), "batch": options.batch[0]})
+        part("first replay", 30, lambda found: found.update(first_replays(chosen, min(240.0, clock.left()))))
+    if not {"decode", "prefill"} & set(options.parts):
+        return results
+    start = time.perf_counter()
+    model = build(gemma4_config(options.layers, options.size), device)
+    clock.settle()
+    print(f"{options.layers} layers with random weights, {time.perf_counter() - start:.1f} s", flush=True)
+    needs = 15 + 3 * options.layers if options.size == "full" else 5
+    if "decode" in options.parts:
+        for batch in options.batch:
+            part(f"decode, batch {batch}", needs, partial(decode, model, batch, clock, options))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    if "prefill" in options.parts:
+        for tokens in options.tokens:
+            part(f"prefill, {tokens} tokens", needs, partial(prefill, model, tokens, clock, options.rounds))
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--size", choices=("full", "tiny"), default="full")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="of the prompt")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--reduce-overhead", action="store_true", help="torch.compile too: minutes for each batch")
+    parser.add_argument("--quick", action="store_true", help="6 layers, batch 1, few rounds, no first replay")
+    parser.add_argument("--limit", type=float, default=560, help="seconds in all")
+    parser.add_argument("--json", help="write the figures here")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise AuxstreamError("bench.models measures CUDA graphs", came="no GPU", remedy="try --device cpu --size tiny")
+    if options.quick:
+        options.rounds, options.parts = 5, [part for part in options.parts if part != "first"]
+    options.layers = options.layers or (6 if options.quick else 30)
+    options.batch = options.batch or ([1] if options.quick else [1, 8, 32])
+    results = measure(options)
+    write(options.json, "models", results)
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""A prompt, written into the caches: `compile`'s pieces against torch.compile without graphs.
+
+Enters: a model on its device, a number of tokens, the time that is left. Leaves: figures by name, each as soon as it is known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from ..capture.compiler import compile
+from ..capture.huggingface import DecodeStep, PrefillStep
+from ..capture.options import Options
+from .budget import Clock
+from .harness import interleave
+from .torch_compile import compiled_by_torch
+
+ONE, TWO, TORCH = "pieces, one stream", "pieces, overlapped", "torch.compile, no graphs"
+OURS: Final = {ONE: Options(mode="piecewise", multi_stream_moe=False), TWO: Options(mode="piecewise")}
+
+
+def prefill(model: nn.Module, tokens: int, clock: Clock, rounds: int, results: dict[str, Any]) -> None:
+    """Fill in the figures of `tokens` at once, one sequence, over caches that hold no more."""
+    step = PrefillStep(DecodeStep(model, 1, tokens))
+    device = clock.device
+    inputs = (
+        torch.randint(128, (1, tokens), device=device),
+        torch.arange(tokens, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+        torch.full((1,), tokens - 1, dtype=torch.int64, device=device),
+    )
+    print(f"prefill, {tokens} tokens", flush=True)
+    runs: dict[str, Callable[[], object]] = {}
+    for name, options in OURS.items():
+        start = time.perf_counter()
+        compiled = compile(step, inputs, options, name=name)
+        runs[name] = partial(compiled, *inputs)
+        results[f"compile, s: {name}"] = time.perf_counter() - start
+        results[f"memory, bytes: {name}"] = compiled.memory.total
+        print(f"  {name}: compiled in {results[f'compile, s: {name}']:.1f} s", flush=True)
+    clock.need(60, TORCH)
+    runs[TORCH], seconds = compiled_by_torch(step, inputs, "default", clock.left() - 20, caches=("cold",))
+    results[f"compile, s: {TORCH}"] = seconds["cold"]
+    figures = interleave({name: partial(clock.ms, run, 3) for name, run in runs.items()}, rounds, "ms")
+    for name, timed in figures.items():
+        results[f"ms: {name}"] = timed
+        ratio = results[f"torch.compile over {name}"] = figures[TORCH].median / timed.median
+        print(f"  {name:30} {timed}   torch.compile takes {ratio:5.3f} of it", flush=True)
