@@ -28,6 +28,15 @@ MOST_BYTES = 16 << 20
 MOST_BYTES_TOGETHER = 256 << 20
 
 
+def foldable(flow: Dataflow) -> int:
+    """Constants that depend on no weight: see the note "weights are not constants"."""
+    bits = 0
+    for node in flow.select(flow.constants):
+        if node.op != "get_attr" and all(bits >> flow.index[a] & 1 for a in node.all_input_nodes):
+            bits |= 1 << flow.index[node]
+    return bits
+
+
 def fold_constants(gm: GraphModule, allowed: Callable[[Node], bool]) -> int:
     """Fold `gm` in place; returns how many values became buffers. `allowed` is the marker's word on a node.
 

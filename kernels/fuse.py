@@ -35,6 +35,7 @@ from .short_counts import count_short_histograms
 from .short_sorts import count_short_sorts
 from .slices import slice_parts
 from .unroll import unroll_row_sums
+from .weights import leave_out_casts, spread_weights
 
 
 class FusionError(AuxstreamError):
@@ -130,7 +131,10 @@ def _rewritten(gm: GraphModule, allowed: Callable[[Node], bool]) -> Dataflow:
     flow = Dataflow.of(gm)
     changed = functionalise_locals(flow, allowed) + unroll_row_sums(flow, allowed) + count_short_sorts(flow, allowed)
     changed += count_short_histograms(gm, allowed) + settle_fills(gm, allowed)
-    return Dataflow.of(gm) if changed else flow
+    flow = Dataflow.of(gm) if changed else flow
+    if leave_out_casts(flow):
+        flow = Dataflow.of(gm)
+    return Dataflow.of(gm) if spread_weights(flow, allowed) else flow
 
 
 def _marker(safety: Mapping[str, Safety], trial: bool) -> Callable[[Node], bool]:

@@ -123,7 +123,7 @@ class _Finder:
             self._merge_producers(call, home)
 
     def _may_fuse(self, node: Node) -> bool:
-        settled = (self.flow.constants | self.flow.symbolic) >> self.flow.index[node] & 1
+        settled = (self.reach.settled | self.flow.symbolic) >> self.flow.index[node] & 1
         if settled or node.target in FREE or not fusible(node) or not self.allowed(node):
             return False
         if any(self.flow.owner[storage] is not node for storage in self.flow.storages[node]):

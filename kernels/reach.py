@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch.fx import GraphModule, Node
 
 from .dataflow import Dataflow, positions
+from .fold import foldable
 
 
 def region_of(node: Node) -> str | None:
@@ -89,12 +90,13 @@ class Order:
 
 class Reach:
     """The order of a graph's nodes, its regions contracted, and that of each region's nodes among themselves. Inputs,
-    constants and sizes, which are there from the start, are in neither."""
+    sizes, and constants that will be folded (`settled`), which are there from the start, are in neither."""
 
     def __init__(self, flow: Dataflow) -> None:
         self.flow = flow
         given = flow.mask(node for node in flow.nodes if node.op in ("placeholder", "get_attr"))
-        work = ((1 << len(flow.nodes)) - 1) & ~(given | flow.constants | flow.symbolic)
+        self.settled = foldable(flow)
+        work = ((1 << len(flow.nodes)) - 1) & ~(given | self.settled | flow.symbolic)
         self.outer = Order(flow.predecessors, work)
         members: dict[str, int] = {}
         for position in positions(work):
@@ -137,5 +139,5 @@ class Reach:
                 behind = mask >> other & 1 or self.flow.nodes[other].op == "output"
                 if not behind and waited & ~self.outer.above[self.outer.first[other]]:
                     return True
-        late = above & ~mask & self.outer.firsts
+        late = above & ~mask & self.outer.firsts & ~self.flow.constants  # which wait for nothing
         return any(late & ~self.outer.above[inside] for inside in positions(below & self.marked & self.outer.firsts))
