@@ -21,21 +21,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..kernels import experts_few as few
+from ..kernels import experts_many as many
 from ..kernels.experts_few import Activation, Launch, Tile, Work
 from ..runtime.errors import AuxstreamError
 from .harness import Figure, device_time, interleave, write
 
 HIDDEN, INNER, EXPERTS, CHOICES = 2816, 704, 128, 8
 LAYERS = 8
+MOST_FEW, LEAST_MANY = 32, 8
 ACTIVATION = Activation("gelu_tanh")
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
+    """A call with its workspaces."""
+
     work: Work
     act: Tensor
     part: Tensor
     out: Tensor
+    order: Tensor
+    start: Tensor
 
 
 def weights() -> list[tuple[Tensor, Tensor]]:
@@ -57,7 +63,9 @@ def layers(stacked: list[tuple[Tensor, Tensor]], tokens: int) -> list[Layer]:
         scale = scores / scores.sum(-1, keepdim=True)
         work = Work(hidden, chosen, scale, up, down, None, None, ACTIVATION, interleaved=False)
         act = few.activations(work).normal_()
-        found.append(Layer(work, act, few.parts(work).normal_(), torch.empty_like(hidden)))
+        layer = Layer(work, act, few.parts(work).normal_(), torch.empty_like(hidden), *many.groups(work))
+        many.group(work, layer.order, layer.start)()
+        found.append(layer)
     return found
 
 
@@ -138,7 +146,7 @@ def timed(runs: Mapping[str, Callable[[Layer], object]], calls: list[Layer], rou
         try:
             ready[name] = Timed(run, calls)
         except Exception as error:  # a candidate may need more of a resource than there is
-            print(f"    {name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            print(f"    {name}: {type(error).__name__}: {' '.join(str(error).split())[:100]}")
             torch.cuda.synchronize()
     return interleave(ready, rounds, "us")
 
@@ -221,6 +229,62 @@ def pair_few(up: Tile, down: Tile) -> Callable[[Layer], object]:
     return run
 
 
+def pair_many(up: tuple[int, Tile], down: tuple[int, Tile]) -> Callable[[Layer], object]:
+    def run(layer: Layer) -> Tensor:
+        many.group(layer.work, layer.order, layer.start)()
+        up_many(layer, *up)()
+        down_many(layer, *down)()
+        few.sum_of(layer.work, layer.part, layer.out, once=False)()
+        return layer.out
+
+    return run
+
+
+def up_many(layer: Layer, tokens: int, tile: Tile) -> Launch:
+    return many.up_many(layer.work, layer.order, layer.start, layer.act, tile, tokens)
+
+
+def down_many(layer: Layer, tokens: int, tile: Tile) -> Launch:
+    return many.down_many(layer.work, layer.order, layer.start, layer.act, layer.part, tile, tokens)
+
+
+def up_many_tiles(per_expert: float) -> list[tuple[int, Tile]]:
+    tiles = [Tile(*shape) for shape in ((32, 64, 4, 4), (32, 64, 4, 6), (32, 128, 4, 3), (32, 128, 4, 4),
+             (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 4), (64, 128, 8, 3))]  # fmt: skip
+    wide = [
+        Tile(*shape) for shape in ((64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 4), (128, 64, 8, 3), (128, 64, 8, 4))
+    ]
+    counts = [tokens for tokens in (16, 32, 64, 128) if per_expert <= tokens <= 16 * max(per_expert, 2)]
+    return [(tokens, tile) for tokens in counts for tile in (tiles if tokens <= 32 else wide)]
+
+
+def down_many_tiles(per_expert: float) -> list[tuple[int, Tile]]:
+    tiles = [Tile(*shape) for shape in ((64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 3),
+             (128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 4), (32, 128, 4, 4))]  # fmt: skip
+    wide = [
+        Tile(*shape) for shape in ((64, 64, 4, 4), (128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 4), (256, 64, 8, 3))
+    ]
+    counts = [tokens for tokens in (16, 32, 64, 128) if per_expert <= tokens <= 16 * max(per_expert, 2)]
+    return [(tokens, tile) for tokens in counts for tile in (tiles if tokens <= 32 else wide)]
+
+
+def sweep_many(calls: list[Layer], rounds: int) -> dict[str, Callable[[Layer], object]]:
+    """The grouped form's candidates, and the best of them together."""
+    first, count = calls[0], reached(calls)
+    per_expert = first.work.pairs / count
+    up_bytes, down_bytes = count * 2 * INNER * HIDDEN * 2, count * INNER * HIDDEN * 2
+    ups = {f"{c[0]} tokens, {c[1]}": c for c in up_many_tiles(per_expert)}
+    downs = {f"{c[0]} tokens, {c[1]}": c for c in down_many_tiles(per_expert)}
+    compile_all([up_many(first, *c) for c in ups.values()] + [down_many(first, *c) for c in downs.values()])
+    group = {"group": lambda layer: many.group(layer.work, layer.order, layer.start)()}
+    table("  many tokens, groups", timed(group, calls, rounds), first.order.nbytes)
+    runs = {n: lambda layer, c=c: up_many(layer, *c)() for n, c in ups.items()}
+    best_up = table("  many tokens, up", timed(runs, calls, rounds), up_bytes)[:3]
+    runs = {n: lambda layer, c=c: down_many(layer, *c)() for n, c in downs.items()}
+    best_down = table("  many tokens, down", timed(runs, calls, rounds), down_bytes)[:3]
+    return {f"many: {u} | {d}": pair_many(ups[u], downs[d]) for u in best_up for d in best_down}
+
+
 def sweep(calls: list[Layer], rounds: int) -> dict[str, Callable[[Layer], object]]:
     """Every candidate of both kernels alone, then the best of them together. Leaves the whole calls worth comparing."""
     first, count = calls[0], reached(calls)
@@ -246,7 +310,8 @@ def sweep(calls: list[Layer], rounds: int) -> dict[str, Callable[[Layer], object
                          Tile(1, 256, 2), Tile(2, 64, 2), Tile(4, 64, 4)):  # fmt: skip
                 if up.warps == down.warps:
                     found[f"joined: {up} | {down}"] = joined(up, down)
-    ups, downs = {str(t): t for t in up_few_tiles()}, {str(t): t for t in down_few_tiles()}
+    some = 4 if first.work.hidden.shape[0] == 1 else 1
+    ups, downs = {str(t): t for t in up_few_tiles()[::some]}, {str(t): t for t in down_few_tiles()[::some]}
     compile_all([few.up_few(first.work, first.act, tile) for tile in ups.values()])
     compile_all([few.down_few(first.work, first.act, first.part, tile) for tile in downs.values()])
     runs = {n: lambda layer, t=t: few.up_few(layer.work, layer.act, t)() for n, t in ups.items()}
@@ -279,7 +344,7 @@ def pace() -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the figures here")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 32, 1, 128, 512, 2048])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sweep", action="store_true", help="every candidate tile of every kernel")
     options = parser.parse_args(arguments)
@@ -295,7 +360,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         nbytes = count * 3 * INNER * HIDDEN * 2
         floor = nbytes / results["TB/s"]["copy"] / 1e6
         print(f"batch {tokens}: {count:.1f} experts, floor {floor:.1f} us")
-        found = sweep(calls, options.rounds)
+        found = sweep(calls, options.rounds) if tokens <= MOST_FEW else {}
+        if tokens >= LEAST_MANY:
+            found |= sweep_many(calls, options.rounds)
         found["grouped"] = grouped
         figures = timed(found, calls, options.rounds)
         exact = reference(calls[0].work)

@@ -107,18 +107,18 @@ class Launch:
         return self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.options)
 
 
-def _up_strides(work: Work) -> tuple[int, ...]:
+def up_strides(work: Work) -> tuple[int, ...]:
     step, partner = work.gate_strides()
     expert, output, along = work.up.stride()
     strides = (expert, step * output, along, partner * output)
     return (*strides, *((work.up_bias.stride(0), step, partner) if work.up_bias is not None else (0, 0, 0)))
 
 
-def _down_strides(work: Work) -> tuple[int, ...]:
+def down_strides(work: Work) -> tuple[int, ...]:
     return (*work.down.stride(), work.down_bias.stride(0) if work.down_bias is not None else 0)
 
 
-def _up_constants(work: Work, tile: Tile) -> dict[str, Any]:
+def up_constants(work: Work, tile: Tile) -> dict[str, Any]:
     return {
         "HIDDEN": work.hidden.shape[1], "INNER": work.inner, "ROWS": tile.rows, "COLS": tile.cols,
         "STAGES": tile.stages, "EVICT": "evict_first" if tile.evict else "", "BIAS": work.up_bias is not None,
@@ -131,39 +131,39 @@ def _choices(work: Work) -> dict[str, Any]:
     return {"K": count, "K2": next_power_of_two(count)}
 
 
-def _or(bias: Tensor | None, other: Tensor) -> Tensor:
+def either(bias: Tensor | None, other: Tensor) -> Tensor:
     return other if bias is None else bias
 
 
 def up_one(work: Work, act: Tensor, tile: Tile) -> Launch:
     """The first product of one token's experts."""
-    tensors = (work.hidden, work.chosen, work.up, _or(work.up_bias, work.up), act, work.down)
+    tensors = (work.hidden, work.chosen, work.up, either(work.up_bias, work.up), act, work.down)
     programs = work.pairs * -(-work.inner // tile.rows)
-    options = _up_constants(work, tile) | {"K": work.pairs, "LATE": tile.late, "AHEAD": tile.ahead}
-    return Launch(kernels.experts_up_one, programs, (*tensors, *_up_strides(work), work.down.stride(0)), options)
+    options = up_constants(work, tile) | {"K": work.pairs, "LATE": tile.late, "AHEAD": tile.ahead}
+    return Launch(kernels.experts_up_one, programs, (*tensors, *up_strides(work), work.down.stride(0)), options)
 
 
 def down_one(work: Work, act: Tensor, out: Tensor, tile: Tile) -> Launch:
     """The second product of one token's experts, and their sum."""
-    tensors = (act, work.chosen, work.scale, work.down, _or(work.down_bias, work.down), out)
+    tensors = (act, work.chosen, work.scale, work.down, either(work.down_bias, work.down), out)
     hidden = work.hidden.shape[1]
     options = {
         "HIDDEN": hidden, "INNER": work.inner, **_choices(work), "ROWS": tile.rows, "COLS": tile.cols,
         "EVICT": "evict_first" if tile.evict else "", "BIAS": work.down_bias is not None, "num_warps": tile.warps,
     }  # fmt: skip
-    return Launch(kernels.experts_down_one, -(-hidden // tile.rows), (*tensors, *_down_strides(work)), options)
+    return Launch(kernels.experts_down_one, -(-hidden // tile.rows), (*tensors, *down_strides(work)), options)
 
 
 def both_one(work: Work, act: Tensor, out: Tensor, arrived: Tensor, up: Tile, down: Tile) -> Launch:
     """Both products of one token's experts. `arrived`: one int32, zero."""
     assert up.warps == down.warps
     assert (work.up_bias is None) == (work.down_bias is None)
-    biases = _or(work.up_bias, work.up), _or(work.down_bias, work.down)
+    biases = either(work.up_bias, work.up), either(work.down_bias, work.down)
     tensors = (work.hidden, work.chosen, work.scale, work.up, biases[0], work.down, biases[1], act, out, arrived)
     hidden = work.hidden.shape[1]
     programs = work.pairs * -(-work.inner // up.rows) + -(-hidden // down.rows)
-    options = {**_up_constants(work, up), **_choices(work), "DOWN_ROWS": down.rows, "DOWN_COLS": down.cols}
-    return Launch(kernels.experts_one, programs, (*tensors, *_up_strides(work), *_down_strides(work)), options)
+    options = {**up_constants(work, up), **_choices(work), "DOWN_ROWS": down.rows, "DOWN_COLS": down.cols}
+    return Launch(kernels.experts_one, programs, (*tensors, *up_strides(work), *down_strides(work)), options)
 
 
 def _slots(work: Work) -> tuple[int, dict[str, Any]]:
@@ -181,28 +181,28 @@ def _slots(work: Work) -> tuple[int, dict[str, Any]]:
 def up_few(work: Work, act: Tensor, tile: Tile) -> Launch:
     """The first product of a few tokens' experts."""
     slots, found = _slots(work)
-    tensors = (work.hidden, work.chosen, work.up, _or(work.up_bias, work.up), act)
+    tensors = (work.hidden, work.chosen, work.up, either(work.up_bias, work.up), act)
     programs = slots * -(-work.inner // tile.rows)
-    strides = (work.hidden.stride(0), *_up_strides(work))
-    return Launch(kernels.experts_up_few, programs, (*tensors, *strides), _up_constants(work, tile) | found)
+    strides = (work.hidden.stride(0), *up_strides(work))
+    return Launch(kernels.experts_up_few, programs, (*tensors, *strides), up_constants(work, tile) | found)
 
 
 def down_few(work: Work, act: Tensor, part: Tensor, tile: Tile) -> Launch:
     """The second product of a few tokens' experts."""
     slots, found = _slots(work)
-    tensors = (act, work.chosen, work.scale, work.down, _or(work.down_bias, work.down), part)
+    tensors = (act, work.chosen, work.scale, work.down, either(work.down_bias, work.down), part)
     hidden = work.hidden.shape[1]
     options = {
         "HIDDEN": hidden, "INNER": work.inner, **found, "ROWS": tile.rows, "COLS": tile.cols, "STAGES": tile.stages,
         "EVICT": "evict_first" if tile.evict else "", "BIAS": work.down_bias is not None, "num_warps": tile.warps,
     }  # fmt: skip
-    return Launch(kernels.experts_down_few, slots * -(-hidden // tile.rows), (*tensors, *_down_strides(work)), options)
+    return Launch(kernels.experts_down_few, slots * -(-hidden // tile.rows), (*tensors, *down_strides(work)), options)
 
 
-def sum_of(work: Work, part: Tensor, out: Tensor, cols: int = 512) -> Launch:
-    """Each token's sum over its experts."""
+def sum_of(work: Work, part: Tensor, out: Tensor, cols: int = 512, once: bool = True) -> Launch:
+    """Each token's sum over its experts. `once`: of an expert chosen twice there is one row, else one per pair."""
     tokens, hidden = work.hidden.shape
-    options = {**_choices(work), "HIDDEN": hidden, "COLS": cols, "num_warps": 4}
+    options = {**_choices(work), "HIDDEN": hidden, "COLS": cols, "ONCE": once, "num_warps": 4}
     return Launch(kernels.experts_sum, tokens * -(-hidden // cols), (part, work.chosen, out), options)
 
 

@@ -317,15 +317,19 @@ def experts_down_few(
 
 
 @triton.jit
-def experts_sum(part, chosen, out, K: tl.constexpr, K2: tl.constexpr, HIDDEN: tl.constexpr, COLS: tl.constexpr):
-    """A token's output: its experts' rows, added up. An expert chosen twice has one row, at its first place."""
+def experts_sum(
+    part, chosen, out, K: tl.constexpr, K2: tl.constexpr, HIDDEN: tl.constexpr, COLS: tl.constexpr, ONCE: tl.constexpr
+):  # fmt: skip
+    """A token's output: its experts' rows, added up. ONCE: an expert chosen twice has one row, at its first place."""
     blocks: tl.constexpr = (HIDDEN + COLS - 1) // COLS
     token = (tl.program_id(0) // blocks).to(tl.int64)
     cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
     choices = tl.arange(0, K2)
-    ids = tl.load(chosen + token * K + choices, mask=choices < K, other=-1).to(tl.int32)
-    others = tl.load(chosen + token * K + choices, mask=choices < K, other=-1).to(tl.int32)
-    again = tl.sum(((ids[:, None] == others[None, :]) & (choices[None, :] < choices[:, None])).to(tl.int32), 1)
-    mask = ((again == 0) & (choices < K))[:, None] & (cols[None, :] < HIDDEN)
+    mask = (choices < K)[:, None] & (cols[None, :] < HIDDEN)
+    if ONCE:
+        ids = tl.load(chosen + token * K + choices, mask=choices < K, other=-1).to(tl.int32)
+        others = tl.load(chosen + token * K + choices, mask=choices < K, other=-1).to(tl.int32)
+        again = tl.sum(((ids[:, None] == others[None, :]) & (choices[None, :] < choices[:, None])).to(tl.int32), 1)
+        mask &= (again == 0)[:, None]
     rows = tl.load(part + (token * K + choices)[:, None] * HIDDEN + cols[None, :], mask=mask, other=0.0)
     tl.store(out + token * HIDDEN + cols, rounded(tl.sum(rows, 0), out.dtype.element_ty), mask=cols < HIDDEN)
