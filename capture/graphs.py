@@ -328,10 +328,10 @@ def _abandon(machine: RecordingMachine, error: BaseException) -> None:
 
 @contextmanager
 def _record(name: str, mode: Verify, pool: AllocatorModel | None, stream: Any) -> Generator[CapturedGraph]:
-    caller = stream if isinstance(stream, int) else CALLER
+    own = stream if isinstance(stream, int) else CALLER
     captured = SimulatedGraph(name)
     recorder = Recorder(allocator=AllocatorModel() if pool is None else pool, watch=mode)
-    machine = RecordingMachine(InlineStreams(lambda: caller) if SETTINGS.disable else SimulatedStreams(caller), recorder)
+    machine = RecordingMachine(InlineStreams(lambda: own) if SETTINGS.disable else SimulatedStreams(own), recorder)
     rng = torch.get_rng_state()
     try:
         with _recording(machine, NoHostReads("cpu"), recorder):
