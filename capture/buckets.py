@@ -45,7 +45,7 @@ class BucketedModel(CompiledModel):
         self.padding = padding
         self._sizes = tuple(self.buckets)
         largest = self.buckets[self._sizes[-1]]
-        super().__init__(largest.graph, largest.regions, largest.fusion, largest.calls)
+        super().__init__(largest.graph, largest.regions, largest.fusion, largest.calls, largest.choice)
         self._model = model
         self._arguments = arguments
         self._told = False

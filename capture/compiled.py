@@ -14,6 +14,7 @@ from ..kernels.fuse import FusionReport
 from .graphs import CapturedGraph
 from .inputs import Calls
 from .ledger import Ledger, ledger
+from .policy import Choice
 from .proof import Report
 from .schedule import RegionPlan
 
@@ -37,14 +38,21 @@ class CompiledModel:
     Attributes:
         regions: the regions that were inserted, in graph order.
         fusion: what was fused; None with fusion off.
+        choice: which branches run on lanes, and what that was measured against.
         graph: the captured graph, with its `report` and `memory`; of several buckets, the largest's.
     """
 
     def __init__(
-        self, captured: CapturedGraph, regions: tuple[RegionPlan, ...], fusion: FusionReport | None, calls: Calls
+        self,
+        captured: CapturedGraph,
+        regions: tuple[RegionPlan, ...],
+        fusion: FusionReport | None,
+        calls: Calls,
+        choice: Choice,
     ) -> None:
         self.regions = regions
         self.fusion = fusion
+        self.choice = choice
         self.graph = captured
         self._calls = calls
 

@@ -1,19 +1,19 @@
 """`compile`: a model and example inputs become a `CompiledModel`.
 
 Enters: a module, example inputs, `Options`. Leaves: a callable that copies its inputs in, replays one graph and hands
-the outputs out. `_Pipeline.compile` reads as the picture: trace, mark, fuse, insert, capture; with buckets
+the outputs out. `_Pipeline.compile` reads as the picture: trace, choose, mark, fuse, insert, capture; with buckets
 (capture/buckets.py) it runs once for each. Invariant: compiling is not a call: caches, positions and RNG are as before.
 """
 
 from __future__ import annotations
 
-import copy
+import logging
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +21,24 @@ from torch.fx import GraphModule
 
 from ..kernels.fuse import FusionReport, fuse_elementwise
 from ..kernels.launch import compile_ahead
-from ..kernels.reach import regions_of
-from ..kernels.routing import MARKED
 from ..kernels.safety import fusion_safety
 from ..runtime.errors import AuxstreamWarning, CaptureError, RaceError, TraceError
-from ..runtime.settings import Verify, parse_safety
+from ..runtime.settings import SETTINGS, Verify, parse_overlap, parse_safety
 from .bucketing import compile_buckets
 from .compiled import CompiledModel
 from .graphs import CapturedGraph, graph
 from .inputs import Calls, Padding, StaticInputs
-from .mark import mark_multi_stream_moe_shared_experts
 from .options import Options
-from .schedule import insert_regions
+from .policy import Choice, Plan, key_of, measured, remember, remembered, ruled, unmatched, unmeasured
+from .proposals import copy_of, mark, propose
+from .race import Racing
+from .schedule import RegionPlan, insert_regions
 from .state import bits, preserved
+from .switches import adopt_switches
 from .trace import TracedGraph, trace
 from .uncaptured import order_of_runs, run_once
+
+_log: Final = logging.getLogger("auxstream")
 
 
 def compile(
@@ -95,18 +98,18 @@ class _Pipeline:
         options = self.options
         dump = _Dump(options.dump_dir, "" if padding is None else f"bucket-{padding.size}")
         dump.write("1-traced", traced.graph_module.print_readable(print_output=False))
-        _mark(traced.graph_module, options, static)
+        _adopt(traced.graph_module)
         known = {name for name, _ in traced.graph_module.named_buffers()}
+        written = [*traced.written_tensors(), *static.written(traced)]
+        choice = self._choose(static, traced, known)
+        dump.write("2-overlap", str(choice))
 
-        for trial in _trials(traced.graph_module, options):
-            module, fusion = _fused(traced.graph_module, options, trial, dump)
-            self._share_constants(module, known)
-            regions = insert_regions(module, handoff=options.handoff)
-            dump.write("3-regions", module.print_readable(print_output=False))
+        for trial in _trials(choice.plan, options):
+            module, fusion, regions = self._laid(traced, choice.plan, trial, known, dump)
             try:
                 captured, outputs = self._capture(
                     lambda module=module: static.apart(module(*static.args, **static.kwargs)),
-                    [*traced.written_tensors(), *static.written(traced)],
+                    written,
                     self.name if padding is None else f"{self.name}[{padding.size}]",
                     verify="error" if trial else options.verify,
                     warmup=options.warmup if fusion is None else max(1, options.warmup),  # kernels compile in the first
@@ -120,11 +123,63 @@ class _Pipeline:
             if trial and fusion is not None:
                 fusion = replace(fusion, proved=True)
             if options.mode != "none":
-                dump.write("4-program", str(captured.program))
-                dump.write("5-report", str(captured.report))
+                dump.write("5-program", str(captured.program))
+                dump.write("6-report", str(captured.report))
             calls = Calls(static, traced, outputs, padding=padding, copied=options.copy_outputs)
-            return CompiledModel(captured, regions, fusion, calls)
+            return CompiledModel(captured, regions, fusion, calls, choice)
         raise AssertionError("the last trial returns or raises")
+
+    def _choose(self, static: StaticInputs, traced: TracedGraph, known: set[str]) -> Choice:
+        """What runs on lanes: what rules demand, and what is measured to pay."""
+        options = self.options
+        if not options.multi_stream_moe or not _within(options.token_threshold, static.tensors()):
+            return Choice(Plan(), "rules")
+        rules = (*parse_overlap(options.overlap), *SETTINGS.overlap)
+        proposals = propose(traced.graph_module)
+        for glob in unmatched(proposals, rules):
+            _log.info("the overlap rule %r matches no branch of %s", glob, self.name)
+        demanded, left = ruled(proposals, rules)
+        if not left or self.device.type != "cuda" or options.mode == "none" or SETTINGS.disable:
+            return unmeasured(demanded, left)
+        rest = (torch.__version__, torch.cuda.get_device_name(self.device), self.name, replace(options, dump_dir=None))
+        key = key_of(traced.graph_module, proposals, rest)
+        choice = remembered(key, demanded, left)
+        if choice is None:
+            choice = measured(demanded, left, self._racing(static, traced, known))
+            remember(key, demanded, choice)
+        return choice
+
+    def _racing(self, static: StaticInputs, traced: TracedGraph, known: set[str]) -> Racing:
+        """Plans captured as they will be, unproved and in memory of their own."""
+        written = [*traced.written_tensors(), *static.written(traced)]
+        pool = torch.cuda.graph_pool_handle()
+
+        def build(plan: Plan) -> CapturedGraph:
+            trial = _trials(plan, self.options)[0]
+            module, _, _ = self._laid(traced, plan, trial, known, _Dump(None))
+            captured, _ = self._capture(
+                lambda: static.apart(module(*static.args, **static.kwargs)),
+                written,
+                f"{self.name}, {plan}",
+                verify="off",
+                warmup=max(1, self.options.warmup),
+                pool=pool,
+            )
+            return captured
+
+        return Racing(build, written, self.device)
+
+    def _laid(
+        self, traced: TracedGraph, plan: Plan, trial: bool, known: set[str], dump: _Dump
+    ) -> tuple[GraphModule, FusionReport | None, tuple[RegionPlan, ...]]:
+        """A copy of the graph, fused, with the plan's regions in it."""
+        module = copy_of(traced.graph_module)
+        mark(module, plan.regions)
+        fusion = _fused(module, self.options, trial, dump)
+        self._share_constants(module, known)
+        regions = insert_regions(module, handoff=self.options.handoff, order=plan.order)
+        dump.write("4-regions", module.print_readable(print_output=False))
+        return module, fusion, regions
 
     def _capture(
         self, run: Callable[[], Any], mutated: Sequence[Tensor], name: str, *, verify: Verify, warmup: int, pool: Any
@@ -144,33 +199,28 @@ class _Pipeline:
                     setattr(module, name, shared)
 
 
-def _mark(module: GraphModule, options: Options, static: StaticInputs) -> None:
-    """Annotate the shared experts; without overlap there is no branch to keep fused kernels off."""
-    if options.multi_stream_moe and _within(options.token_threshold, static.tensors()):
-        mark_multi_stream_moe_shared_experts(module)
-    else:
-        module.meta[MARKED] = True
+def _adopt(module: GraphModule) -> None:
+    """Hand-written stream switches become marks; what cannot is said, and stays as it is."""
+    for adoption in adopt_switches(module):
+        if not adoption.adopted:
+            warnings.warn(f"hand-written stream switches stay: {adoption}", AuxstreamWarning, stacklevel=5)
 
 
-def _trials(module: GraphModule, options: Options) -> tuple[bool, ...]:
+def _trials(plan: Plan, options: Options) -> tuple[bool, ...]:
     """Whether to fuse regions on `auto` as if they were safe: first so, then not, if any region is."""
     if not options.mlir_elementwise_fusion:
         return (False,)
-    safety = fusion_safety(regions_of(module), parse_safety(options.fusion_safe))
+    safety = fusion_safety([region.name for region in plan.regions], parse_safety(options.fusion_safe))
     return (True, False) if "auto" in safety.values() else (False,)
 
 
-def _fused(module: GraphModule, options: Options, trial: bool, dump: _Dump) -> tuple[GraphModule, FusionReport | None]:
-    """The marked graph, fused; a copy of it where there may be another trial."""
+def _fused(module: GraphModule, options: Options, trial: bool, dump: _Dump) -> FusionReport | None:
     if not options.mlir_elementwise_fusion:
-        return module, None
-    if trial:
-        meta, module = module.meta, GraphModule(module, copy.deepcopy(module.graph))
-        module.meta = dict(meta)
+        return None
     report = fuse_elementwise(module, safe=parse_safety(options.fusion_safe), trial=trial)
     compile_ahead(report.fusions)
-    dump.write("2-fused", f"{report}\n\n{report.mlir}")
-    return module, report
+    dump.write("3-fused", f"{report}\n\n{report.mlir}")
+    return report
 
 
 def _give_up_trial(fusion: FusionReport | None, error: RaceError) -> None:

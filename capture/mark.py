@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
@@ -56,7 +57,17 @@ def mark_multi_stream_moe_shared_experts(gm: GraphModule) -> tuple[MarkedRegion,
             came=fused.name,
             remedy="call mark_multi_stream_moe_shared_experts(gm) before fuse_elementwise(gm)",
         )
-    flow = Dataflow.of(gm)
+    regions = find_shared_experts(Dataflow.of(gm))
+    gm.meta[MARKED] = True
+    for region in regions:
+        for node in region.nodes:
+            node.meta["auxstream"] = region.name
+            node.meta["skip_mlir_fusion"] = True
+    return regions
+
+
+def find_shared_experts(flow: Dataflow) -> tuple[MarkedRegion, ...]:
+    """The same, and nothing is marked."""
     weights = Weights.of(flow)
     found = tuple(routings(flow, weights))
     best: dict[int, Candidate] = {}
@@ -75,17 +86,12 @@ def mark_multi_stream_moe_shared_experts(gm: GraphModule) -> tuple[MarkedRegion,
     taken = 0
     for expert in sorted(best):
         chosen = best[expert]
-        nodes = _with_own_constants(flow, _without_leading_getitems(flow, chosen.one))
+        nodes = with_own_constants(flow, without_leading_getitems(flow, chosen.one))
         if nodes & taken:
             continue
         taken |= nodes
         name = _name(flow.select(nodes), len(regions), {region.name for region in regions})
         regions.append(MarkedRegion(name, flow.select(nodes), flow.select(chosen.other), chosen.join))
-    gm.meta[MARKED] = True
-    for region in regions:
-        for node in region.nodes:
-            node.meta["auxstream"] = region.name
-            node.meta["skip_mlir_fusion"] = True
     return tuple(regions)
 
 
@@ -126,7 +132,7 @@ def _depth(flow: Dataflow, weights: Weights, routed: int, routing: Routing) -> i
     return depth.get(routing.selection, 0)
 
 
-def _without_leading_getitems(flow: Dataflow, side: int) -> int:
+def without_leading_getitems(flow: Dataflow, side: int) -> int:
     """The elements of a tuple made outside stay outside: tensors cross the border, tuples do not."""
     for position in positions(side):
         node = flow.nodes[position]
@@ -135,7 +141,7 @@ def _without_leading_getitems(flow: Dataflow, side: int) -> int:
     return side
 
 
-def _with_own_constants(flow: Dataflow, side: int) -> int:
+def with_own_constants(flow: Dataflow, side: int) -> int:
     """Constant work that only the branch uses (a weight's cast) travels with it, or the fork would wait for it."""
     while True:
         more = side
@@ -154,6 +160,11 @@ def _name(nodes: tuple[Node, ...], count: int, used: set[str]) -> str:
     """`layers.<i>.shared` from the module path the nodes have in common, else `moe.<k>.shared`; always unique."""
     found = re.search(r"(?:^|\.)([A-Za-z_]\w*)\.(\d+)(?:\.|$)", common_path(nodes))
     base = f"layers.{found.group(2)}.shared" if found else f"moe.{count}.shared"
+    return unique(base, used)
+
+
+def unique(base: str, used: Container[str]) -> str:
+    """`base`, or with the first number behind it that makes a name of its own."""
     name, again = base, 1
     while name in used:
         name, again = f"{base}.{again}", again + 1

@@ -13,7 +13,16 @@ from typing import Any, Final, Literal, cast
 import yaml
 
 from ..runtime.errors import SettingsError
-from ..runtime.settings import HANDOFF_VALUES, SETTINGS, VERIFY_VALUES, Handoff, Settings, Verify, parse_safety
+from ..runtime.settings import (
+    HANDOFF_VALUES,
+    SETTINGS,
+    VERIFY_VALUES,
+    Handoff,
+    Settings,
+    Verify,
+    parse_overlap,
+    parse_safety,
+)
 
 Mode = Literal["none", "full", "full_decode_only", "piecewise", "full_and_piecewise"]
 MODES: Final = ("none", "full", "full_decode_only", "piecewise", "full_and_piecewise")
@@ -33,7 +42,10 @@ class Options:
         pad: by input name, what padded rows hold; by default they repeat the call's last row. A model that writes
             caches needs it, to send what padded rows write to memory that nobody reads.
         copy_outputs: outputs are copies that last. By default they are the graph's own memory, until the next call.
-        multi_stream_moe: run MoE shared-expert branches on auxiliary streams.
+        multi_stream_moe: run branches on auxiliary streams at all.
+        overlap: which branches: `*=off,layers.*.shared=on`, region globs of which later ones win, with `on`, `off`,
+            `products` (on, from the branch's first product to its last) or `auto`, which holds where nothing is said:
+            what is faster, as measured for each bucket; without a GPU, shared experts.
         handoff: `auto` proves lifetimes from the FX graph and records the rest; `record` calls `record_stream` on
             every tensor that crosses.
         verify: what a failed proof does: `error`, `warn` or `off`.
@@ -46,6 +58,7 @@ class Options:
     """
 
     multi_stream_moe: bool = True
+    overlap: str = ""
     mlir_elementwise_fusion: bool = True
     fusion_safe: str = ""
     handoff: Handoff = "auto"
@@ -77,6 +90,7 @@ class Options:
                     f"malformed option {name}", expected="true or false", came=repr(getattr(self, name))
                 )
         parse_safety(self.fusion_safe, "option fusion_safe")
+        parse_overlap(self.overlap, "option overlap")
         _check_buckets(self.buckets)
         object.__setattr__(self, "buckets", tuple(sorted(self.buckets)))
         _check_names("token_dims", self.token_dims, (int, type(None)), "a dimension, or null")

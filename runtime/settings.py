@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, cast
@@ -21,6 +21,9 @@ PREFIX: Final = "AUXSTREAM_"
 Verify = Literal["off", "warn", "error"]
 Handoff = Literal["auto", "record"]
 Fusion = Literal["on", "off"]
+Overlap = Literal["on", "off", "auto", "products"]
+OverlapRules = tuple[tuple[str, Overlap], ...]
+"""Region globs, each with whether the branch overlaps; later entries win."""
 Safety = Literal["0", "1", "auto"]
 SafetyRules = tuple[tuple[str, Safety], ...]
 """Region globs, each with whether its aux branch may run fused kernels; later entries win."""
@@ -28,6 +31,7 @@ SafetyRules = tuple[tuple[str, Safety], ...]
 VERIFY_VALUES: Final = ("off", "warn", "error")
 HANDOFF_VALUES: Final = ("auto", "record")
 FUSION_VALUES: Final = ("on", "off")
+OVERLAP_VALUES: Final = ("on", "off", "auto", "products")
 SAFETY_VALUES: Final = ("0", "1", "auto")
 _SAFE_REGION: Final = "AUXSTREAM_FUSION_SAFE_"
 
@@ -43,6 +47,7 @@ class Settings:
         verify: what a failed proof does; None leaves it to the call.
         token_threshold: compiled graphs do not overlap above this many tokens; None means no bound.
         dump_dir: folder for every stage's graph and report, as text; None writes nothing.
+        overlap: AUXSTREAM_OVERLAP, in order.
         fusion: MLIR fusion at all; None leaves it to `Options`.
         fusion_safe: AUXSTREAM_FUSION_SAFE, in order.
         fusion_safe_regions: AUXSTREAM_FUSION_SAFE_<REGION>, by the variable's last part; they beat the list.
@@ -55,6 +60,7 @@ class Settings:
     verify: Verify | None = None
     token_threshold: int | None = None
     dump_dir: Path | None = None
+    overlap: OverlapRules = ()
     fusion: Fusion | None = None
     fusion_safe: SafetyRules = ()
     fusion_safe_regions: tuple[tuple[str, Safety], ...] = ()
@@ -68,6 +74,7 @@ MEANING: Final[Mapping[str, str]] = {
     "AUXSTREAM_VERIFY": "off, warn or error",
     "AUXSTREAM_TOKEN_THRESHOLD": "an integer >= 0 (tokens)",
     "AUXSTREAM_DUMP_DIR": "a folder",
+    "AUXSTREAM_OVERLAP": "region globs with commas between, each with =on, =off, =auto or =products",
     "AUXSTREAM_FUSION": "on or off",
     "AUXSTREAM_FUSION_SAFE": "region globs with commas between, each bare or with =0, =1 or =auto",
     "AUXSTREAM_FUSION_SAFE_<REGION>": "0, 1 or auto",
@@ -97,6 +104,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         verify=cast("Verify | None", _choice(environ, "AUXSTREAM_VERIFY", VERIFY_VALUES)),
         token_threshold=_count(environ, "AUXSTREAM_TOKEN_THRESHOLD"),
         dump_dir=_folder(environ, "AUXSTREAM_DUMP_DIR"),
+        overlap=parse_overlap(environ.get("AUXSTREAM_OVERLAP", "")),
         fusion=cast("Fusion | None", _choice(environ, "AUXSTREAM_FUSION", FUSION_VALUES)),
         fusion_safe=parse_safety(environ.get("AUXSTREAM_FUSION_SAFE", "")),
         fusion_safe_regions=tuple(
@@ -110,18 +118,28 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
 
 def parse_safety(text: str, where: str = "environment variable AUXSTREAM_FUSION_SAFE") -> SafetyRules:
     """The rules of `layers.*.shared=auto,layers.3.*=0`; a bare glob means 1. Raises SettingsError, naming `where`."""
-    rules: list[tuple[str, Safety]] = []
+    entries = _rules(text, where, SAFETY_VALUES, "AUXSTREAM_FUSION_SAFE", "layers.*.shared=auto,layers.3.*=0")
+    return tuple((glob, cast(Safety, value or "1")) for glob, value in entries)
+
+
+def parse_overlap(text: str, where: str = "environment variable AUXSTREAM_OVERLAP") -> OverlapRules:
+    """The rules of `*=off,layers.*.shared=on`; a bare glob means on. Raises SettingsError, naming `where`."""
+    entries = _rules(text, where, OVERLAP_VALUES, "AUXSTREAM_OVERLAP", "*=off,layers.*.shared=on")
+    return tuple((glob, cast(Overlap, value or "on")) for glob, value in entries)
+
+
+def _rules(text: str, where: str, allowed: tuple[str, ...], variable: str, example: str) -> Iterator[tuple[str, str]]:
+    """Globs, each with its value, "" for a bare one."""
     for entry in text.split(",") if text.strip() else ():
         glob, equals, value = entry.strip().partition("=")
-        if not glob or (equals and value not in SAFETY_VALUES):
+        if not glob or (equals and value not in allowed):
             raise SettingsError(
                 f"malformed {where}",
-                expected=MEANING["AUXSTREAM_FUSION_SAFE"],
+                expected=MEANING[variable],
                 came=repr(text),
-                remedy="write it like layers.*.shared=auto,layers.3.*=0, or leave it out",
+                remedy=f"write it like {example}, or leave it out",
             )
-        rules.append((glob, cast(Safety, value if equals else "1")))
-    return tuple(rules)
+        yield glob, value
 
 
 def _safety(name: str, value: str) -> Safety:

@@ -281,7 +281,7 @@ def test_the_ledger_adds_up(layers: nn.Module) -> None:
 
 def test_every_stage_of_every_bucket_can_be_read(tmp_path: Path, layers: nn.Module) -> None:
     auxstream.compile(layers, torch.randn(6, HIDDEN), Options(buckets=(3, 6), dump_dir=tmp_path))
-    stages = ["1-traced", "2-fused", "3-regions", "4-program", "5-report"]
+    stages = ["1-traced", "2-overlap", "3-fused", "4-regions", "5-program", "6-report"]
     found = sorted(path.relative_to(tmp_path).with_suffix("").as_posix() for path in tmp_path.rglob("*.txt"))
     assert found == [f"bucket-{size}/{stage}" for size in (3, 6) for stage in stages]
 

@@ -120,13 +120,14 @@ def test_every_stage_can_be_read(model: Model, tmp_path: Path) -> None:
     auxstream.compile(model, draw(0), Options(dump_dir=tmp_path))
     assert sorted(path.stem for path in tmp_path.iterdir()) == [
         "1-traced",
-        "2-fused",
-        "3-regions",
-        "4-program",
-        "5-report",
+        "2-overlap",
+        "3-fused",
+        "4-regions",
+        "5-program",
+        "6-report",
     ]
-    assert "func.func @main" in (tmp_path / "2-fused.txt").read_text()
-    assert "auxstream_fused" in (tmp_path / "3-regions.txt").read_text()
+    assert "func.func @main" in (tmp_path / "3-fused.txt").read_text()
+    assert "auxstream_fused" in (tmp_path / "4-regions.txt").read_text()
 
 
 @pytest.mark.parametrize("text", ["layers.*=maybe", "=1", "a,,b"])

@@ -26,6 +26,7 @@ import auxstream.capture
 from auxstream.capture import graphs
 from auxstream.capture import launches as launches_module
 from auxstream.capture.compiler import CompiledModel
+from auxstream.capture.policy import Choice, Plan
 from auxstream.capture.evidence import Evidence, Node, span
 from auxstream.capture.graphs import CapturedGraph, CudaGraph, GraphMemory
 from auxstream.capture.launches import ReplayRaceError, Watch, watch
@@ -379,7 +380,7 @@ def test_a_call_copies_in_behind_the_last_copy_out(
     cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, ordered: bool
 ) -> None:
     calls = FakeCalls(cuda)
-    model = CompiledModel(cuda_graph(cuda), (), None, cast("Any", calls))
+    model = CompiledModel(cuda_graph(cuda), (), None, cast("Any", calls), Choice(Plan(), "rules"))
     if not ordered:
         disorder(monkeypatch)
     for stream in (A, B, A, EXTERNAL, B, EXTERNAL, C):

@@ -17,6 +17,11 @@ LEGAL: dict[str, dict[str, tuple[str, Any]]] = {
     "AUXSTREAM_VERIFY": {value: ("verify", value) for value in ("off", "warn", "error")},
     "AUXSTREAM_TOKEN_THRESHOLD": {"0": ("token_threshold", 0), "64": ("token_threshold", 64)},
     "AUXSTREAM_DUMP_DIR": {"/some/where": ("dump_dir", Path("/some/where")), "": ("dump_dir", None)},
+    "AUXSTREAM_OVERLAP": {
+        "": ("overlap", ()),
+        "shared": ("overlap", (("shared", "on"),)),
+        "*=off, layers.*.k=products": ("overlap", (("*", "off"), ("layers.*.k", "products"))),
+    },
     "AUXSTREAM_FUSION": {value: ("fusion", value) for value in ("on", "off")},
     "AUXSTREAM_FUSION_SAFE": {
         "": ("fusion_safe", ()),
@@ -35,6 +40,7 @@ ILLEGAL = {
     "AUXSTREAM_VERIFY": ("", "on", "ERROR", "strict"),
     "AUXSTREAM_TOKEN_THRESHOLD": ("", "-1", "1.5", "many", " 3", "1e3"),
     "AUXSTREAM_DUMP_DIR": (),
+    "AUXSTREAM_OVERLAP": ("a=", "a=1", "=on", "a,,b", "a=on,"),
     "AUXSTREAM_FUSION": ("", "1", "On"),
     "AUXSTREAM_FUSION_SAFE": ("a=", "a=2", "=1", "a,,b", "a=1,"),
     "AUXSTREAM_FUSION_SAFE_LAYERS_0_SHARED": ("", "2", "Auto"),
