@@ -15,69 +15,29 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor
 
 from .bench.harness import device_time, machine
-from .lab import CONTEXT, FUSIONS, Fusion, Lab, Row, Variant
+from .bench.lab import (
+    CONTEXT,
+    FUSIONS,
+    Fusion,
+    Lab,
+    Row,
+    Variant,
+    compare,
+    gemma4_lab,
+    repeatable_attention,
+)
 from .runtime.errors import InputError, SettingsError
 from .runtime.settings import SETTINGS
-
-
-def compare(lab: Lab, reference: Variant, variants: Sequence[Variant], seed: int, progress: Progress) -> None:
-    """Run every variant beside the reference on the same draws, and count the replays whose bits agree."""
-    draw = torch.Generator().manual_seed(seed)
-    total = max(variant.replays for variant in variants)
-    task = progress.add_task("comparing bits", total=total)
-    with torch.no_grad():
-        for turn in range(total):
-            ids = torch.randint(lab.vocabulary, (lab.batch, 1), generator=draw).to(lab.device, non_blocking=True)
-            position = torch.tensor([turn % lab.context]).to(lab.device, non_blocking=True)
-            _draw_delays(reference, draw)
-            expected = reference.run(ids, position)
-            for variant in variants:
-                if turn >= variant.replays:
-                    continue
-                _draw_delays(variant, draw)
-                got = variant.run(ids, position)
-                variant.flags.append(_differs([expected, *reference.caches], [got, *variant.caches]))
-                for mine, right in zip(variant.caches, reference.caches, strict=True):
-                    mine.copy_(right)  # each replay starts from the right state, so that replays count singly
-            progress.advance(task)
-    names = ["logits", *lab.traced.mutated_buffers]
-    for variant in variants:
-        row = variant.row
-        flags = torch.stack(variant.flags).cpu()
-        differing = flags.any(1)
-        row.runs = len(flags)
-        row.equal = row.runs - int(differing.sum())
-        for turn in differing.nonzero().flatten().tolist()[:3]:
-            which = [name for name, flag in zip(names, flags[turn].tolist(), strict=True) if flag]
-            row.differing.append(f"replay {turn}: {', '.join(which[:3])}{' ...' if len(which) > 3 else ''}")
-
-
-def _draw_delays(variant: Variant, draw: torch.Generator) -> None:
-    if variant.delays is None:
-        return
-    share = torch.rand(variant.delays.numel() // 2, 2, generator=draw)
-    if variant.row.control is None:  # one of four branches gets none, so that either side may lead
-        share = share.where(torch.rand(share.shape, generator=draw) > 0.25, 0.0)
-    else:
-        share = share.clamp(min=0.5)
-    drawn = (share * torch.tensor(variant.delay_ns)).to(torch.int64).flatten()
-    variant.delays.copy_(drawn.pin_memory() if variant.delays.is_cuda else drawn, non_blocking=True)
-
-
-def _differs(expected: Sequence[Tensor], got: Sequence[Tensor]) -> Tensor:
-    """Per tensor, whether any bit differs, as a tensor on the device: comparing waits for nothing."""
-    return torch.stack([(a.view(torch.uint8) != b.view(torch.uint8)).any() for a, b in zip(expected, got, strict=True)])
 
 
 def measure(lab: Lab, fusions: Sequence[Fusion], rounds: int) -> dict[tuple[str, str, str], float]:
@@ -116,9 +76,9 @@ def run_demo(options: argparse.Namespace, console: Console) -> int:
     console.print(
         f"Gemma-4 MoE, {layers} layers, {size} dimensions, random weights, batch {options.batch}, on {_where(device)}"
     )
-    with _repeatable_attention(), _progress(console) as progress:
+    with repeatable_attention(), _progress(console) as progress:
         task = progress.add_task("building and tracing", total=None)
-        lab = Lab(size, layers, options.batch, context, device)
+        lab = gemma4_lab(size, layers, options.batch, context, device)
         progress.update(task, total=1, completed=1)
         variants: list[Variant] = []
         for fusion in fusions:
@@ -128,7 +88,8 @@ def run_demo(options: argparse.Namespace, console: Console) -> int:
                 if gpu
                 else lab.eager(Row("eager", "one", fusion), 0, aux=False)
             )
-            compare(lab, reference, made, options.seed, progress)
+            task = progress.add_task("comparing bits", total=replays)
+            compare(lab, reference, made, options.seed, partial(progress.advance, task))
             variants += made
         if gpu:
             timed = measure(lab, fusions, options.rounds)
@@ -164,18 +125,6 @@ def _refuse_settings() -> None:
     for name, given in (("AUXSTREAM_DISABLE", SETTINGS.disable), ("AUXSTREAM_VERIFY", SETTINGS.verify)):
         if given:
             raise SettingsError(f"the demo sets what {name} would override", remedy=f"unset {name}")
-
-
-@contextmanager
-def _repeatable_attention() -> Generator[None]:
-    """cuDNN's attention does not give the same bits twice (one call in a hundred differs, on an H200 with torch 2.11),
-    so no comparison of bits could be made with it. The first row is what finds such kernels."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _variants(lab: Lab, fusion: Fusion, replays: int, eager: int, controls: int, progress: Progress) -> list[Variant]:

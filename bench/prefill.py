@@ -1,6 +1,6 @@
 """A prompt, written into the caches: `compile`'s pieces against torch.compile without graphs.
 
-Enters: a model on its device, a number of tokens, the time that is left. Leaves: figures by name, each as soon as it is known.
+Enters: a model on its device, a number of tokens, the time that is left. Leaves: figures by name, as they come.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ import torch
 pytest.importorskip("transformers")
 
 import auxstream
+from auxstream.bench.lab import gemma4_lab
 from auxstream.capture import verify
 from auxstream.capture.evidence import Evidence, from_program
 from auxstream.capture.program import TensorRef
-from auxstream.lab import Lab
 
 Edge = tuple[int, int]
 
@@ -25,7 +25,7 @@ Edge = tuple[int, int]
 @pytest.fixture(scope="module")
 def layer() -> Evidence:
     """The whole decode step of a model of one layer, with its shared expert on a lane."""
-    lab = Lab("tiny", layers=1, batch=1, context=8, device=torch.device("cpu"))
+    lab = gemma4_lab("tiny", layers=1, batch=1, context=8, device=torch.device("cpu"))
     module, _, _ = lab.module("unfused", aux=True)
     with torch.no_grad(), auxstream.graph("layer", device="cpu") as g:
         module(lab.ids.clone(), lab.position.clone())
@@ -91,7 +91,7 @@ def test_every_edge_that_matters_is_missed(layer: Evidence) -> None:
 def test_the_layer_without_lifetimes_is_no_such_graph() -> None:
     """The control: enqueued aux first, forked behind the pre-norm, nothing held or recorded, it is not proved, and the
     reused block is named."""
-    lab = Lab("tiny", layers=1, batch=1, context=8, device=torch.device("cpu"))
+    lab = gemma4_lab("tiny", layers=1, batch=1, context=8, device=torch.device("cpu"))
     module, _, _ = lab.module("unfused", aux=True, unsafe=True)
     with torch.no_grad(), auxstream.graph("unsafe", verify="off", device="cpu") as g:
         module(lab.ids.clone(), lab.position.clone())

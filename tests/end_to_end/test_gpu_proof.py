@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import auxstream
+from auxstream.bench.lab import Fusion, Lab, gemma4_lab
 from auxstream.capture.clocks import Order
 from auxstream.capture.evidence import Evidence
 from auxstream.capture.graphs import CapturedGraph
 from auxstream.capture.proof import verify
-from auxstream.lab import Fusion, Lab
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ def lab() -> Generator[Lab]:
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     with torch.no_grad():
-        yield Lab("tiny", 2, 1, 64, torch.device("cuda"))
+        yield gemma4_lab("tiny", 2, 1, 64, torch.device("cuda"))
     torch.backends.cuda.enable_cudnn_sdp(before)
 
 

@@ -1,15 +1,17 @@
-"""The demo's model and the ways to run it.
+"""One decode step, the ways to run it, and the comparison of their bits.
 
-Enters: dimensions. Leaves: `Variant`s: the same traced graph over the same weights, with caches of its own, eager or
-captured, on one stream or two, fused or not, whole or with one safety taken out.
+Enters: a traced graph whose branches are marked. Leaves: `Variant`s: the same graph over the same weights, with caches
+of its own, eager or captured, on one stream or several, fused or not, whole or with one safety taken out; and in their
+`Row`s how many replays had the bits of a reference. Invariant: each replay is compared on inputs of its own, from the
+reference's caches, so that replays count singly.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,18 +19,19 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from .capture.compiler import rehearsed, warm_up_and_capture
-from .capture.delays import insert_delays
-from .capture.graphs import SimulatedGraph
-from .capture.huggingface import DecodeStep, build, gemma4_config
-from .capture.mark import mark_multi_stream_moe_shared_experts
-from .capture.proof import Report, verify
-from .capture.schedule import insert_regions
-from .capture.trace import TracedGraph, trace
+from ..capture.compiler import rehearsed, warm_up_and_capture
+from ..capture.delays import insert_delays
+from ..capture.graphs import SimulatedGraph
+from ..capture.huggingface import DecodeStep, build, gemma4_config
+from ..capture.mark import mark_multi_stream_moe_shared_experts
+from ..capture.proof import Report, verify
+from ..capture.schedule import insert_regions
+from ..capture.trace import TracedGraph, trace
+from ..kernels import fuse_elementwise
+from ..kernels.launch import compile_ahead
+from ..runtime.errors import AuxstreamError
+from ..runtime.machine import using_machine
 from .controls import Fault, directed_replays, without_waits
-from .kernels import fuse_elementwise
-from .kernels.launch import compile_ahead
-from .runtime.machine import using_machine
 
 CONTEXT = 1024
 DELAY_NS = 60_000
@@ -79,20 +82,21 @@ class Variant:
 
 
 class Lab:
-    """One model, one trace, and the variants made from them."""
+    """One marked graph of a decode step, and the variants made from it.
 
-    def __init__(self, size: str, layers: int, batch: int, context: int, device: torch.device) -> None:
-        self.device = device
-        self.batch = batch
+    Args:
+        traced: of `ids` `[batch, 1]` below `vocabulary` and `position` `[1]` or `[batch]` below `context`, as in
+            `DecodeStep`; with what shall run on lanes marked.
+    """
+
+    def __init__(self, traced: TracedGraph, ids: Tensor, position: Tensor, *, vocabulary: int, context: int) -> None:
+        self.traced = traced
+        self.ids = ids
+        self.position = position
+        self.vocabulary = vocabulary
         self.context = context
-        self.gpu = device.type == "cuda"
-        config = gemma4_config(layers, "tiny" if size == "tiny" else "full")
-        self.vocabulary: int = config.vocab_size
-        self.step = DecodeStep(build(config, device), batch, context)
-        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.traced: TracedGraph = trace(self.step, (self.ids, self.position))
-        mark_multi_stream_moe_shared_experts(self.traced.graph_module)
+        self.device = ids.device
+        self.gpu = self.device.type == "cuda"
         self.regions: list[str] = []
         self.fused: dict[Fusion, GraphModule] = {"unfused": self.traced.graph_module}
         self.fusing: list[str] = []
@@ -187,11 +191,99 @@ class Lab:
         return Variant(row, run, caches, replays, longest, buffer)
 
 
+def gemma4_lab(size: str, layers: int, batch: int, context: int, device: torch.device) -> Lab:
+    """A Gemma-4 MoE with random weights, its shared experts marked; `size` "tiny", or anything else for real layers."""
+    config = gemma4_config(layers, "tiny" if size == "tiny" else "full")
+    ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+    position = torch.zeros(1, dtype=torch.int64, device=device)
+    traced = trace(DecodeStep(build(config, device), batch, context), (ids, position))
+    mark_multi_stream_moe_shared_experts(traced.graph_module)
+    return Lab(traced, ids, position, vocabulary=config.vocab_size, context=context)
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    lab: Lab, reference: Variant, variants: Sequence[Variant], seed: int, done: Callable[[], object] = lambda: None
+) -> None:
+    """Run every variant beside the reference on the same draws, and count the replays whose bits agree.
+
+    `done` is called behind each turn. Raises AuxstreamError if the reference computes what is no number: then bits say
+    nothing.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    finite: list[Tensor] = []
+    with torch.no_grad():
+        for turn in range(max(variant.replays for variant in variants)):
+            if turn % lab.context == 0:  # a new sequence: recurrences must not grow for ever
+                for cache in (*reference.caches, *(cache for variant in variants for cache in variant.caches)):
+                    cache.zero_()
+            ids = torch.randint(lab.vocabulary, lab.ids.shape, generator=draw).to(lab.device, non_blocking=True)
+            position = torch.randint(lab.context, lab.position.shape, generator=draw).to(lab.device, non_blocking=True)
+            _draw_delays(reference, draw)
+            expected = reference.run(ids, position)
+            finite.append(expected.isfinite().all())
+            for variant in variants:
+                if turn >= variant.replays:
+                    continue
+                _draw_delays(variant, draw)
+                got = variant.run(ids, position)
+                variant.flags.append(_differs([expected, *reference.caches], [got, *variant.caches]))
+                for mine, right in zip(variant.caches, reference.caches, strict=True):
+                    mine.copy_(right)
+            done()
+    if not bool(torch.stack(finite).all()):
+        raise AuxstreamError("the reference computes infinities or NaN", remedy="compare a model that computes numbers")
+    names = ["logits", *lab.traced.mutated_buffers]
+    for variant in variants:
+        row = variant.row
+        flags = torch.stack(variant.flags).cpu()
+        differing = flags.any(1)
+        row.runs = len(flags)
+        row.equal = row.runs - int(differing.sum())
+        for turn in differing.nonzero().flatten().tolist()[:3]:
+            which = [name for name, flag in zip(names, flags[turn].tolist(), strict=True) if flag]
+            row.differing.append(f"replay {turn}: {', '.join(which[:3])}{' ...' if len(which) > 3 else ''}")
+
+
+def _draw_delays(variant: Variant, draw: torch.Generator) -> None:
+    if variant.delays is None:
+        return
+    share = torch.rand(variant.delays.numel() // 2, 2, generator=draw)
+    if variant.row.control is None:  # one of four branches gets none, so that either side may lead
+        share = share.where(torch.rand(share.shape, generator=draw) > 0.25, 0.0)
+    else:
+        share = share.clamp(min=0.5)
+    drawn = (share * torch.tensor(variant.delay_ns)).to(torch.int64).flatten()
+    variant.delays.copy_(drawn.pin_memory() if variant.delays.is_cuda else drawn, non_blocking=True)
+
+
+def _differs(expected: Sequence[Tensor], got: Sequence[Tensor]) -> Tensor:
+    """Per tensor, whether any bit differs, as a tensor on the device: comparing waits for nothing."""
+    return torch.stack([(a.view(torch.uint8) != b.view(torch.uint8)).any() for a, b in zip(expected, got, strict=True)])
+
+
+@contextmanager
+def repeatable_attention() -> Generator[None]:
+    """cuDNN's attention does not give the same bits twice (one call in a hundred differs, on an H200 with torch 2.11),
+    so no comparison of bits could be made with it. One stream compared with itself is what finds such kernels."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
 def _captured_by_torch(
     step: Callable[[Tensor, Tensor], Tensor], inputs: tuple[Tensor, Tensor], caches: list[Tensor], device: torch.device
 ) -> tuple[Callable[[], None], Tensor, Report]:
     """A capture without auxstream.graph, which would refuse or mend what the controls get wrong; and its proof."""
-    from .capture.adopt import Adopted, adopting
+    from ..capture.adopt import Adopted, adopting
 
     found: list[Adopted] = []
     graph = torch.cuda.CUDAGraph(keep_graph=True)

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..runtime import driver
+from ..runtime.cuda import CudaMachine
+from ..runtime.lanes import Lane
+from ..runtime.regions import Region
 from .controls import Fault
-from .runtime import driver
-from .runtime.cuda import CudaMachine
-from .runtime.lanes import Lane
-from .runtime.regions import Region
 
 
 class FaultyMachine(CudaMachine):

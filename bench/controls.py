@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Literal
 
-from .capture.conflicts import hazards_of
-from .capture.graphs import SimulatedGraph
-from .capture.program import Program, Wait
-from .runtime.errors import SimulatedFault
+from ..capture.conflicts import hazards_of
+from ..capture.graphs import SimulatedGraph
+from ..capture.program import Program, Wait
+from ..runtime.errors import SimulatedFault
 
 Fault = Literal["fork wait", "join wait"]
 _WAITS_FOR: Final = {"fork wait": "fork of ", "join wait": "end of "}
