@@ -5,10 +5,10 @@
 
 Measures, all over one set of random weights, static cache of 1,024 positions, variants interleaved, medians:
 - `first`: seconds from a cold process to the first replay, with empty caches of kernels and with warm ones;
-- `decode`: time of a step of Hugging Face's model in one CUDA graph, of `compile` on one stream, with its default
-  options, and with branches fused too; with `--reduce-overhead` also of torch.compile, and the seconds that takes;
-  the host's time of one call; both branches of a layer alone, and how much of the shorter one the overlap recovers;
-  the ten costliest kernels against the bytes they must move;
+- `decode`: time of a step of Hugging Face's model in one CUDA graph, and of `compile` on one stream, with shared
+  experts on a lane, and with what it chose itself; with `--reduce-overhead` also of torch.compile, and the seconds that
+  takes; the host's time of one call; both branches of a layer alone, and how much of the shorter one the overlap
+  recovers; the ten costliest kernels against the bytes they must move;
 - `prefill`: a prompt through `compile`'s pieces against torch.compile without graphs.
 With `--architectures`: see bench/equality.py. Does not measure: sampling, tokenizers, real weights.
 Needs a GPU and the extra `hf`; `--device cpu --size tiny` tries it on the simulated machine, where times mean nothing.
@@ -43,13 +43,17 @@ from .torch_compile import compiled_by_torch
 
 CONTEXT: Final = 1024
 PARTS: Final = ("first", "decode", "prefill")
-HF, SERIAL, DEFAULT, EVERYWHERE = "HF, one CUDA graph", "serial", "overlapped, default", "overlapped, fused everywhere"
-TORCH: Final = "torch.compile reduce-overhead"
+HF, TORCH = "HF, one CUDA graph", "torch.compile reduce-overhead"
+SERIAL, SHARED, FUSED, CHOSEN = "serial", "shared experts", "shared experts, fused", "chosen by measuring"
+_SHARED_ONLY: Final = "*=off,layers.*.shared=on"
 OURS: Final = {
     SERIAL: Options(multi_stream_moe=False),
-    DEFAULT: Options(),
-    EVERYWHERE: Options(fusion_safe="*=1"),
+    SHARED: Options(overlap=_SHARED_ONLY),
+    FUSED: Options(overlap=_SHARED_ONLY, fusion_safe="*=1"),
+    CHOSEN: Options(fusion_safe="*=1"),
 }
+"""How a step is compiled: on one stream; with shared experts alone on a lane, their branches as the marker leaves them
+or fused too; and with whatever `compile` finds to pay, fused too."""
 DENSE, ROUTED = "shared branch alone", "routed branch alone"
 
 
@@ -90,23 +94,24 @@ def decode(model: nn.Module, batch: int, clock: Clock, options: argparse.Namespa
     print(f"decode, batch {batch}, {options.layers} layers", flush=True)
     runs: dict[str, Callable[[], object]] = {HF: _hugging_face(step, ids, position)}
     ours: dict[str, CompiledModel] = {}
-    for name, chosen in OURS.items():
+    for name in (name for name in OURS if name == SERIAL or name in options.variants):
         start = time.perf_counter()
-        ours[name] = compile(step, (ids, position), chosen, name=name)
-        runs[name] = partial(ours[name], ids, position)
-        results[f"compile, s: {name}"] = time.perf_counter() - start
-        print(f"  {name}: compiled in {results[f'compile, s: {name}']:.1f} s, {len(ours[name].regions)} regions, "
-              f"{ours[name].graph.memory.reserved / 2**20:.1f} MiB", flush=True)  # fmt: skip
+        made = ours[name] = compile(step, (ids, position), OURS[name], name=f"decode-{options.layers}-layers")
+        runs[name] = partial(made, ids, position)
+        seconds, mib = time.perf_counter() - start, made.graph.memory.reserved / 2**20
+        results |= {f"compile, s: {name}": seconds, f"choice: {name}": str(made.choice)}
+        print(f"  {name}: {seconds:.1f} s, {len(made.regions)} regions, {mib:.1f} MiB; {made.choice}", flush=True)
     layers: Any = model.model.layers  # pyright: ignore[reportAttributeAccessIssue]
     for branch in (DENSE, ROUTED):
         runs[branch] = _alone(layers, branch, batch, device)
     figures = interleave({name: partial(clock.ms, run) for name, run in runs.items()}, options.rounds, "ms")
     results |= {f"ms per step: {name}": figure for name, figure in figures.items()}
-    _compare(figures, results, options.layers)
+    overlapped = [name for name in ours if name != SERIAL]
+    _compare(figures, overlapped, results, options.layers)
     for name, compiled in ours.items():
         results[f"host, us: {name}"] = clock.host(partial(compiled, ids, position))
         print(f"  host time of a call, {name}: {results[f'host, us: {name}']}", flush=True)
-    best = min((DEFAULT, EVERYWHERE), key=lambda name: figures[name].median)
+    best = min(ours, key=lambda name: figures[name].median)
     captured = ours[best].graph
     if isinstance(captured, CudaGraph):
         results["host, us: launch of the graph alone"] = clock.host(captured.cuda_graph.replay)
@@ -131,7 +136,7 @@ def _alone(layers: Any, branch: str, batch: int, device: torch.device) -> Callab
     return compiled.graph.replay
 
 
-def _compare(figures: dict[str, Figure], results: dict[str, Any], layers: int) -> None:
+def _compare(figures: dict[str, Figure], overlapped: Sequence[str], results: dict[str, Any], layers: int) -> None:
     """Print the steps, and what of the shorter branch each overlap hides."""
     serial = figures[SERIAL].median
     bound = min(figures[DENSE].median, figures[ROUTED].median)
@@ -142,13 +147,11 @@ def _compare(figures: dict[str, Figure], results: dict[str, Any], layers: int) -
             said += f"   {timed.median / layers * 1000:6.1f} us a layer"
         elif name != SERIAL:
             said += f"   serial takes {serial / timed.median:5.3f} of it"
-        if name in (DEFAULT, EVERYWHERE):
+        if name in overlapped:
+            results[f"serial over {name}"] = serial / timed.median
             recovered = results[f"recovered: {name}"] = (serial - timed.median) / bound
             said += f", recovers {recovered:4.0%} of the shorter branch"
         print(said, flush=True)
-    results["serial over best overlapped"] = serial / min(figures[DEFAULT].median, figures[EVERYWHERE].median)
-    for name in (DEFAULT, EVERYWHERE):
-        results[f"serial over {name}"] = serial / figures[name].median
 
 
 def _row(costly: Any) -> dict[str, Any]:
@@ -212,7 +215,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model = build(gemma4_config(options.layers, options.size), device)
     clock.settle()
     print(f"{options.layers} layers with random weights, {time.perf_counter() - start:.1f} s", flush=True)
-    needs = 15 + 3 * options.layers if options.size == "full" else 5
+    needs = 10 + (1 + len(options.variants)) * options.layers if options.size == "full" else 5
     if "decode" in options.parts:
         for batch in options.batch:
             part(f"decode, batch {batch}", needs, partial(decode, model, batch, clock, options))
@@ -230,6 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--batch", type=int, nargs="+")
+    overlapped = [name for name in OURS if name != SERIAL]
+    parser.add_argument("--variants", nargs="*", choices=overlapped, default=overlapped, help="beside the serial one")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="of the prompt")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=15)
