@@ -72,7 +72,7 @@ def found(module):
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
-wanted = {"torch": "torch>=2.11", "numpy": "numpy", "rich": "rich", "yaml": "pyyaml"}
+wanted = {"torch": "torch>=2.11", "numpy": "numpy", "tqdm": "tqdm", "rich": "rich", "yaml": "pyyaml"}
 if sys.argv[1] in ("demo", "test"):
     wanted.update({"transformers": "transformers>=5.17", "iree.compiler": "iree-base-compiler>=3.13"})
 if sys.argv[1] == "test":

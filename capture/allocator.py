@@ -10,8 +10,13 @@ rounds large blocks up and keeps small and large ones apart: a race the real all
 from __future__ import annotations
 
 import bisect
+import copy
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
+
+import torch
 
 GRANULE: Final = 512
 BASE: Final = 1 << 60
@@ -27,9 +32,11 @@ class _Block:
 
 
 class AllocatorModel:
-    """Addresses for one recording, or for several, one after the other, that share a pool."""
+    """Addresses for one recording, or for several, one after the other, that share a pool. `limit`: bytes the device
+    has, if any."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit
         self._free: dict[int, list[tuple[int, int]]] = {}  # stream -> [(address, size)], sorted by address
         self._live: dict[int, _Block] = {}
         self._deferred: list[_Block] = []  # freed, but recorded for other streams
@@ -46,6 +53,10 @@ class AllocatorModel:
         free = self._free.setdefault(stream, [])
         fit = min((entry for entry in free if entry[1] >= size), key=lambda entry: (entry[1], entry[0]), default=None)
         if fit is None:
+            if self._limit is not None and self.reserved + size > self._limit:
+                raise torch.OutOfMemoryError(
+                    f"{nbytes} bytes were asked for; {self.reserved} of {self._limit} are reserved"
+                )
             address, self._top = self._top, self._top + size
         else:
             free.remove(fit)
@@ -74,6 +85,16 @@ class AllocatorModel:
         for block in self._deferred:
             self._give_back(block)
         self._deferred.clear()
+
+    @contextmanager
+    def undone_by_errors(self) -> Generator[None]:
+        """A recording, which leaves no block behind if it fails."""
+        before = copy.deepcopy((self._free, self._live, self._deferred, self._top))
+        try:
+            yield
+        except BaseException:
+            self._free, self._live, self._deferred, self._top = before
+            raise
 
     def _give_back(self, block: _Block) -> None:
         free = self._free.setdefault(block.stream, [])

@@ -24,6 +24,7 @@ from .compiled import CompiledModel
 from .inputs import Padding, StaticInputs
 from .options import Options
 from .padding import PaddingVerdict, check_padding
+from .progress import Progress, free_memory
 from .rows import Mixing, find_mixing
 from .size_effects import output_rows, refuse_size_effects
 from .sizes import Sizes
@@ -52,22 +53,40 @@ class _Bucket:
 
 
 def compile_buckets(
-    model: nn.Module, static: StaticInputs, options: Options, device: torch.device, compile_shape: CompileShape
+    model: nn.Module,
+    static: StaticInputs,
+    options: Options,
+    device: torch.device,
+    compile_shape: CompileShape,
+    progress: Progress,
+    pool: Any = None,
 ) -> BucketedModel:
     """Trace and judge every bucket, then capture them, the largest first: the others fit into its memory. At last, run
-    those whose rows are not proved to keep apart."""
+    those whose rows are not proved to keep apart. A bucket for which memory does not suffice is dropped, with a
+    warning; if all are, the last one's error is raised, and any other error ends it all: what was captured goes."""
     sizes = Sizes(model, static, options.buckets[-1], options.token_dims)
     values = _pad_values(options, sizes, static)
     example = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in static.leaves]
     smallest = (1, *(size + 1 for size in options.buckets))
     buckets = [_judged(sizes, *pair, values, options) for pair in zip(options.buckets, smallest, strict=False)]
 
-    pool = _new_pool(options, device)
+    pool = _new_pool(options, device) if pool is None else pool
     compiled: dict[int, CompiledModel] = {}
+    progress.expect(len(buckets))
     for bucket in reversed(buckets):
         size = bucket.padding.size
-        compiled[size] = compile_shape(sizes.inputs(size), bucket.traced, bucket.padding, pool)
+        with progress.capturing(f"bucket {size}"):
+            try:
+                compiled[size] = compile_shape(sizes.inputs(size), bucket.traced, bucket.padding, pool)
+            except torch.OutOfMemoryError as error:
+                if bucket is buckets[0] and not compiled:
+                    raise
+                _say_dropped(size, error, device)
+                del error  # its frames hold what the capture had made
+        if size not in compiled and device.type == "cuda":
+            torch.cuda.empty_cache()
 
+    buckets = [bucket for bucket in buckets if bucket.padding.size in compiled]
     verdicts: list[PaddingVerdict] = []
     for bucket in buckets:
         verdict = PaddingVerdict(bucket.padding.size, bucket.fewest, "not checked")
@@ -76,6 +95,16 @@ def compile_buckets(
         verdicts.append(verdict)
     arguments = Arguments(static.leaves, static.spec, sizes.names, sizes.dims)
     return BucketedModel(model, compiled, arguments, tuple(verdicts))
+
+
+def _say_dropped(size: int, error: torch.OutOfMemoryError, device: torch.device) -> None:
+    left = free_memory(device)
+    warnings.warn(
+        f"bucket {size} is dropped: not enough memory to capture it{f' ({left})' if left else ''}. Calls of its sizes "
+        f"run eagerly; smaller buckets go on.\n{str(error).strip().partition(chr(10))[0]}",
+        AuxstreamWarning,
+        stacklevel=5,
+    )
 
 
 def _new_pool(options: Options, device: torch.device) -> Any:

@@ -1,8 +1,8 @@
 """`BucketedModel`: one model captured for several numbers of rows, and calls of any number between them.
 
 Enters: a compiled model per bucket, all of one pool, and the model itself. Leaves: a callable. Invariant: a call of n
-rows runs the smallest bucket that has n, padded, and gets its own n rows of the outputs; where no bucket has n, the
-model itself runs, in the same order among calls.
+rows runs the smallest bucket that has n, padded, and gets its own n rows of the outputs; where no bucket has n, or the
+one that has was dropped for want of memory, the model itself runs, in the same order among calls.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ class BucketedModel(CompiledModel):
         self._model = model
         self._arguments = arguments
         self._told = False
-        self._by_rows: list[CompiledModel | None] = [None]
-        for size, bucket in self.buckets.items():
-            self._by_rows += [bucket] * (size + 1 - len(self._by_rows))
+        self._by_rows: list[CompiledModel | None] = [None] * (self._sizes[-1] + 1)
+        for verdict in padding:
+            for rows in range(verdict.fewest, verdict.size + 1):
+                self._by_rows[rows] = self.buckets[verdict.size]
         live = frozenset[int]().union(*(bucket.calls.live_storages for bucket in self.buckets.values()))
         for bucket in self.buckets.values():
             bucket.calls.live_storages = live
@@ -66,6 +67,8 @@ class BucketedModel(CompiledModel):
         return ledger(graphs, self._calls.static.tensors())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._life is not None:
+            self._life.glance()
         with torch.no_grad(), self.graph.order:
             given = self._arguments.leaves(args, kwargs)
             rows = self._arguments.rows(given)

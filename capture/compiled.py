@@ -6,14 +6,18 @@ a call is one step, whatever other threads and streams do: copy in, replay, copy
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from ..kernels.fuse import FusionReport
+from ..runtime.errors import CaptureError
 from .graphs import CapturedGraph
 from .inputs import Calls
 from .ledger import Ledger, ledger
+from .life import Life, refuse_copies
 from .policy import Choice
 from .proof import Report
 from .schedule import RegionPlan
@@ -31,16 +35,24 @@ class CompiledModel:
     given to the stream of the last one. Another stream that reads outputs, or makes inputs, calls `wait` first; another
     thread's call overwrites outputs, so threads hold a lock of their own around a call and their use of its outputs.
 
+    Values of weights and buffers may be changed in place at any time. One that is replaced is noticed by a later call:
+    see capture/bindings.py for when; `recapture` goes over to it.
+
     Raises:
         InputError: arguments of another structure, shape, dtype or device than the captured ones, or which share memory
             with something the model writes. Nothing was copied and nothing ran.
+        CaptureError: a tensor that the graph reads is no longer the model's. Likewise.
 
     Attributes:
         regions: the regions that were inserted, in graph order.
         fusion: what was fused; None with fusion off.
         choice: which branches run on lanes, and what that was measured against.
         graph: the captured graph, with its `report` and `memory`; of several buckets, the largest's.
+        summary: what compiling it took and gave, in a line.
     """
+
+    summary: str = "a graph of a compiled model"
+    _life: Life | None = None
 
     def __init__(
         self,
@@ -55,6 +67,8 @@ class CompiledModel:
         self.choice = choice
         self.graph = captured
         self._calls = calls
+        for node in _nodes(regions, fusion):  # a module and its graph hold one another: weights would wait for `gc`
+            node.graph._owning_module = None
 
     @property
     def calls(self) -> Calls:
@@ -77,6 +91,8 @@ class CompiledModel:
         return ledger({None: self.graph}, self._calls.static.tensors())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._life is not None:
+            self._life.glance()
         with torch.no_grad(), self.graph.order:
             given = self._calls.enter(args, kwargs)
             self.graph.replay()
@@ -86,3 +102,57 @@ class CompiledModel:
         """The current stream waits, on the GPU, for the last call: now it may read its outputs. The next call waits for
         what that stream does with them, and for inputs it makes."""
         self.graph.wait()
+
+    def eager(self, *args: Any, **kwargs: Any) -> Any:
+        """The model itself, op by op, with the tensors it has now; in the same order among calls."""
+        with torch.no_grad(), self.graph.order:
+            return self._lives().model(*args, **kwargs)
+
+    def check(self) -> None:
+        """Look at all of the model's tensors now. Raises CaptureError if one that the graphs read was replaced."""
+        self._lives().check()
+
+    def recapture(self, pool: Any = None) -> None:
+        """Give the graphs back and make them anew, of the tensors that the model has now.
+
+        Outputs of earlier calls are no longer updated. No other thread may call meanwhile. If it fails, there are no
+        graphs: calls say so, and `recapture` may be tried again.
+
+        Args:
+            pool: memory to capture into, as `torch.cuda.graph_pool_handle()` gives it; default: a pool of its own.
+        """
+        life = self._lives()
+        self.__dict__.clear()
+        self._life = life
+        life.end()
+        self.__dict__.update(life.made(pool).__dict__)
+
+    def begin(self, life: Life, summary: str) -> None:
+        """It is whole: from now on it follows the model."""
+        life.follow(self.graphs)
+        self._life = life
+        self.summary = summary
+
+    def _lives(self) -> Life:
+        if self._life is None:
+            raise CaptureError(
+                "a bucket has no life of its own",
+                expected="the model that `compile` returned",
+                came="one of its buckets",
+                remedy="ask the whole model",
+            )
+        return self._life
+
+    def __str__(self) -> str:
+        return self.summary
+
+    def __reduce__(self) -> Any:
+        refuse_copies(f"a {type(self).__name__}")
+
+
+def _nodes(regions: tuple[RegionPlan, ...], fusion: FusionReport | None) -> Iterator[Node]:
+    """One of each graph that plans and reports speak of."""
+    for region in regions[:1]:
+        yield region.fork
+    for found in fusion.fusions[:1] if fusion is not None else ():
+        yield found.group.nodes[0]

@@ -28,8 +28,10 @@ from .bucketing import compile_buckets
 from .compiled import CompiledModel
 from .graphs import CapturedGraph, graph
 from .inputs import Calls, Padding, StaticInputs
+from .life import Life
 from .options import Options
 from .policy import Choice, Plan, key_of, measured, remember, remembered, ruled, unmatched, unmeasured
+from .progress import captures
 from .proposals import copy_of, mark, propose
 from .race import Racing
 from .schedule import RegionPlan, insert_regions
@@ -65,10 +67,18 @@ def compile(
     options = (options or Options()).in_force()
     _refuse_mode(options)
     static = StaticInputs(example_inputs)
-    pipeline = _Pipeline(options, _device(model, static.tensors()), name)
-    if options.buckets:
-        return compile_buckets(model, static, options, pipeline.device, pipeline.compile)
-    return pipeline.compile(static, trace(model, static.args, static.kwargs))
+
+    def make(pool: Any) -> tuple[CompiledModel, str]:
+        pipeline = _Pipeline(options, _device(model, static.tensors()), name)
+        with captures(name, pipeline.device, options.progress) as progress:
+            if options.buckets:
+                made = compile_buckets(model, static, options, pipeline.device, pipeline.compile, progress, pool)
+            else:
+                with progress.capturing():
+                    made = pipeline.compile(static, trace(model, static.args, static.kwargs), pool=pool)
+        return made, progress.summary(made)
+
+    return Life(model, make, static if options.buckets else None).made()
 
 
 def _refuse_mode(options: Options) -> None:

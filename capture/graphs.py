@@ -146,7 +146,7 @@ class CapturedGraph:
         raise self._unfinished("its replay")
 
     def __reduce__(self) -> Any:
-        raise CaptureError(f"graph {self.name!r} cannot be pickled", remedy="capture it again in the other process")
+        raise CaptureError(f"graph {self.name!r} cannot be pickled or copied", remedy="capture it again")
 
 
 class SimulatedGraph(CapturedGraph):
@@ -330,11 +330,11 @@ def _abandon(machine: RecordingMachine, error: BaseException) -> None:
 def _record(name: str, mode: Verify, pool: AllocatorModel | None, stream: Any) -> Generator[CapturedGraph]:
     own = stream if isinstance(stream, int) else CALLER
     captured = SimulatedGraph(name)
-    recorder = Recorder(allocator=AllocatorModel() if pool is None else pool, watch=mode)
+    recorder = Recorder(allocator=(allocator := pool or AllocatorModel()), watch=mode)
     machine = RecordingMachine(InlineStreams(lambda: own) if SETTINGS.disable else SimulatedStreams(own), recorder)
     rng = torch.get_rng_state()
     try:
-        with _recording(machine, NoHostReads("cpu"), recorder):
+        with allocator.undone_by_errors(), _recording(machine, NoHostReads("cpu"), recorder):
             yield captured
     finally:
         recorder.restore_outside()

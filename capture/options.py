@@ -51,6 +51,7 @@ class Options:
         verify: what a failed proof does: `error`, `warn` or `off`.
         token_threshold: no overlap above this many tokens (elements of the first integer input); None: no bound.
         warmup: eager runs before the capture, on the capture's streams (GPU only).
+        progress: a bar over the captures, on stderr; None: if that is a terminal.
         dump_dir: folder for every stage's graph and the report, as text.
         mlir_elementwise_fusion: fuse elementwise and row-reduction chains into Triton kernels, through MLIR.
         fusion_safe: regions whose aux branch may run fused kernels, as AUXSTREAM_FUSION_SAFE writes them
@@ -71,6 +72,7 @@ class Options:
     token_dims: Mapping[str, int | None] = field(default_factory=dict[str, int | None])
     pad: Mapping[str, bool | int | float] = field(default_factory=dict[str, bool | int | float])
     copy_outputs: bool = False
+    progress: bool | None = None
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
