@@ -1,4 +1,4 @@
-"""The command line: `python -m auxstream demo` and `verify`, also installed as `auxstream`."""
+"""The command line: `python -m auxstream demo`, `run` and `verify`, also installed as `auxstream`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ def main(arguments: list[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="a Gemma-4 MoE decode step on one stream and on two, bit for bit")
     _add_demo_arguments(demo)
     demo.set_defaults(run=_demo)
+    run = commands.add_parser(
+        "run",
+        help="your model's decode step on one stream and on two, bit for bit",
+        description="Compiles the decode step of a causal LM twice, from one graph and with the same kernels: on one "
+        "stream, and with its shared experts on auxiliary streams; runs prompts through both. Exit code: 0 the same "
+        "bits, and proved; 1 not; 2 an error. Nothing is downloaded.",
+    )
+    _add_run_arguments(run)
+    run.set_defaults(run=_run)
     verify = commands.add_parser(
         "verify",
         usage="auxstream verify [--json FILE] [--picture FOLDER] SCRIPT [ARGS...]",
@@ -39,6 +48,12 @@ def _demo(options: argparse.Namespace) -> int:
     from .demo import run_demo
 
     return run_demo(options, Console())
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .run import run_model
+
+    return run_model(options)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -79,11 +94,51 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=_new_file, help="write the figures here")
 
 
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `run`."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="PATH_OR_CONFIG",
+        help="a folder with config.json and safetensors; a config.json by itself, or gemma4-tiny, or gemma4: random "
+        "weights",
+    )
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompts", type=_text_file, metavar="FILE", help="a prompt in each line")
+    prompts.add_argument(
+        "--prompt", nargs="+", metavar="TEXT", help="prompts: text, or token ids as '[1, 2, 3]'; default: random ids"
+    )
+    parser.add_argument("--tokens", type=_count, default=32, help="new tokens for each prompt (default 32)")
+    parser.add_argument("--batch", type=_count, default=1, help="sequences per step (default 1)")
+    parser.add_argument("--context", type=_count, help="positions of the caches (default: as many as are needed)")
+    parser.add_argument("--layers", type=_count, help="only the first layers of the model")
+    parser.add_argument("--bisect", action="store_true", help="if bits differ, find the regions that make them")
+    parser.add_argument("--retries", type=_count, default=3, help="runs in which a difference may show (default 3)")
+    parser.add_argument("--rounds", type=_several, default=9, help="timing rounds (GPU; default 9)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and ids")
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write everything here")
+
+
 def _count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
+
+
+def _several(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{number} is less than 2")
+    return number
+
+
+def _text_file(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}; expected one with a prompt in each line")
+    return path
 
 
 def _new_file(text: str) -> Path:

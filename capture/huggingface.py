@@ -263,14 +263,19 @@ def build(
         torch.manual_seed(seed)
         make = transformers.AutoModelForCausalLM.from_config
         # Not `.to(dtype)` afterwards: that would cast rope's float32 frequencies too.
-        try:
-            model = make(copy.deepcopy(config), dtype=dtype, experts_implementation="grouped_mm")
-        except ValueError as error:
-            # Models with one way to run their experts (Llama4) refuse to be told which.
-            if "experts implementation" not in str(error):
-                raise
-            model = make(copy.deepcopy(config), dtype=dtype)
+        model = with_grouped_experts(lambda **how: make(copy.deepcopy(config), dtype=dtype, **how))
     return cast(nn.Module, model.eval())
+
+
+def with_grouped_experts(make: Callable[..., Any]) -> Any:
+    """What `make` makes when it is told to run experts as grouped products; models with one way to run them (Llama4)
+    refuse to be told which."""
+    try:
+        return make(experts_implementation="grouped_mm")
+    except ValueError as error:
+        if "experts implementation" not in str(error):
+            raise
+        return make()
 
 
 def _text_config(model: nn.Module) -> Any:
