@@ -10,102 +10,48 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
-from types import MethodType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from auxstream.capture.trace import trace
 
-transformers = pytest.importorskip("transformers")
-from auxstream.capture.huggingface import DecodeStep, build, gemma4_config  # noqa: E402
+pytest.importorskip("transformers")
+from auxstream.bench.architectures import MODELS, TinyModel
+from auxstream.bench.architectures import traceable_longcat as traceable_longcat
+from auxstream.capture.huggingface import DecodeStep
 
 BATCH, CONTEXT = 2, 32
-
-_COMMON: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_LATENT = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-}
-_ROUTED = {
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
-_QWEN = {
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 48,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-}
-
-
-def traceable_longcat(model: nn.Module) -> nn.Module:
-    """LongCat's experts as batched products over gathered weights: its own loop visits the experts that were hit.
-
-    Choices beyond the routed experts are its "zero" experts, which hand the token through.
-    """
-
-    def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        token = hidden_states[:, None, :, None]
-        gate, up = (self.gate_up_proj[top_k_index] @ token).chunk(2, 2)
-        inner = self.act_fn(gate) * up
-        last = self.num_routed_experts - 1
-        routed = (self.down_proj[top_k_index.clamp(max=last)] @ inner)[..., 0]
-        chosen = torch.where((top_k_index > last)[..., None], token[..., 0], routed)
-        return (chosen * top_k_weights[..., None]).to(hidden_states.dtype).sum(1)
-
-    for module in model.modules():
-        if type(module).__name__ == "LongcatFlashExperts":
-            module.forward = MethodType(forward, module)
-    return model
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """How to build a tiny model, and what is to be found in its decode step."""
 
-    config: Callable[[], Any]
+    tiny: TinyModel
     pairs: str
     """A line each: where the sides part, then both sides, with "|" in between."""
     shared: tuple[int, ...] = ()
     """Layers with a shared expert."""
     shared_nodes: int = 0
     """Nodes of each of them, constant casts of its own weights included."""
-    prepare: Callable[[nn.Module], nn.Module] = lambda model: model
+
+    def config(self) -> Any:
+        return self.tiny.config()
 
     def model(self, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-        return self.prepare(build(self.config(), dtype=dtype))
+        return self.tiny.build(dtype=dtype)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gemma4": Architecture(
-        lambda: gemma4_config(2, "tiny"),
+        MODELS["gemma4"],
         """
         layers.0.self_attn q_proj | k_proj + v_proj
         layers.0.self_attn k_proj | q_proj + v_proj
@@ -122,7 +68,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared_nodes=23,
     ),
     "deepseek_v3": Architecture(
-        lambda: transformers.DeepseekV3Config(**{**_COMMON, **_ROUTED, **_LATENT}),
+        MODELS["deepseek_v3"],
         """
         layers.0.self_attn q_a_proj + q_b_proj | kv_a_proj_with_mqa + kv_b_proj
         layers.0.mlp gate_proj | up_proj
@@ -135,7 +81,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared_nodes=5,
     ),
     "glm4_moe": Architecture(
-        lambda: transformers.Glm4MoeConfig(**{**_COMMON, **_ROUTED, "n_group": 1, "head_dim": 16}),
+        MODELS["glm4_moe"],
         """
         layers.0.self_attn q_proj | k_proj + v_proj
         layers.0.self_attn k_proj | q_proj + v_proj
@@ -152,7 +98,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared_nodes=5,
     ),
     "qwen2_moe": Architecture(
-        lambda: transformers.Qwen2MoeConfig(**{**_COMMON, **_QWEN}),
+        MODELS["qwen2_moe"],
         """
         layers.0.self_attn q_proj | k_proj + v_proj
         layers.0.self_attn k_proj | q_proj + v_proj
@@ -173,15 +119,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared_nodes=8,
     ),
     "qwen3_next": Architecture(
-        lambda: transformers.Qwen3NextConfig(
-            **{**_COMMON, **_QWEN},
-            head_dim=16,
-            layer_types=["linear_attention", "full_attention"],
-            linear_num_value_heads=4,
-            linear_num_key_heads=2,
-            linear_key_head_dim=16,
-            linear_value_head_dim=16,
-        ),
+        MODELS["qwen3_next"],
         """
         layers.0.linear_attn in_proj_qkvz + conv1d | in_proj_ba
         layers.0.mlp.shared_expert gate_proj | up_proj
@@ -200,15 +138,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared_nodes=8,
     ),
     "llama4": Architecture(
-        lambda: transformers.Llama4TextConfig(
-            **{**_COMMON, "intermediate_size": 32},
-            head_dim=16,
-            intermediate_size_mlp=96,
-            num_local_experts=4,
-            num_experts_per_tok=1,
-            interleave_moe_layer_step=1,
-            attention_chunk_size=16,
-        ),
+        MODELS["llama4"],
         """
         layers.0.self_attn q_proj | k_proj + v_proj
         layers.0.self_attn k_proj | q_proj + v_proj
@@ -227,9 +157,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared_nodes=5,
     ),
     "granitemoeshared": Architecture(
-        lambda: transformers.GraniteMoeSharedConfig(
-            **_COMMON, num_local_experts=8, num_experts_per_tok=2, shared_intermediate_size=48
-        ),
+        MODELS["granitemoeshared"],
         """
         layers.0.self_attn q_proj | k_proj + v_proj
         layers.0.self_attn k_proj | q_proj + v_proj
@@ -246,17 +174,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared_nodes=7,
     ),
     "nemotron_h": Architecture(
-        lambda: transformers.NemotronHConfig(
-            **{**_COMMON, **_ROUTED, "num_hidden_layers": 4},
-            layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
-            head_dim=16,
-            mamba_num_heads=8,
-            mamba_head_dim=16,
-            n_groups=2,
-            ssm_state_size=8,
-            moe_shared_expert_intermediate_size=48,
-            moe_latent_size=32,
-        ),
+        MODELS["nemotron_h"],
         """
         layers.1.mixer fc1_latent_proj | gate
         layers.1.mixer shared_experts | gate + fc1_latent_proj + experts + fc2_latent_proj
@@ -269,16 +187,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared_nodes=4,
     ),
     "longcat_flash": Architecture(
-        lambda: transformers.LongcatFlashConfig(
-            **{**_COMMON, **_LATENT},
-            num_layers=1,
-            ffn_hidden_size=96,
-            expert_ffn_hidden_size=32,
-            head_dim=8,
-            n_routed_experts=8,
-            zero_expert_num=4,
-            moe_topk=2,
-        ),
+        MODELS["longcat_flash"],
         """
         layers.0.self_attn.0 q_a_proj + q_b_proj | kv_a_proj_with_mqa + kv_b_proj
         layers.0.mlps.0 gate_proj | up_proj
@@ -288,10 +197,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         layers.0 mlp | mlps + self_attn.1
         layers.0 mlp.router | mlps + self_attn.1
         """,
-        prepare=traceable_longcat,
     ),
     "hunyuan_v1_moe": Architecture(
-        lambda: transformers.HunYuanMoEV1Config(**_COMMON, head_dim=16, num_experts=8, moe_topk=2),
+        MODELS["hunyuan_v1_moe"],
         """
         layers.0.self_attn q_proj | k_proj + v_proj
         layers.0.self_attn k_proj | q_proj + v_proj
@@ -310,17 +218,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared_nodes=5,
     ),
     "afmoe": Architecture(
-        lambda: transformers.AfmoeConfig(
-            **_COMMON,
-            head_dim=16,
-            layer_types=["sliding_attention", "full_attention"],
-            sliding_window=16,
-            num_dense_layers=1,
-            moe_intermediate_size=32,
-            num_experts=8,
-            num_experts_per_tok=2,
-            num_shared_experts=1,
-        ),
+        MODELS["afmoe"],
         """
         layers.0.self_attn q_proj | k_proj + v_proj
         layers.0.self_attn k_proj | q_proj + v_proj
@@ -339,15 +237,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared_nodes=6,
     ),
     "falcon_h1": Architecture(
-        lambda: transformers.FalconH1Config(
-            **_COMMON,
-            head_dim=16,
-            mamba_d_ssm=64,
-            mamba_n_heads=4,
-            mamba_d_head=16,
-            mamba_n_groups=1,
-            mamba_d_state=8,
-        ),
+        MODELS["falcon_h1"],
         """
         layers.0.self_attn q_proj | k_proj + v_proj
         layers.0.self_attn k_proj | q_proj + v_proj
@@ -362,7 +252,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         """,
     ),
     "cohere": Architecture(
-        lambda: transformers.CohereConfig(**_COMMON),
+        MODELS["cohere"],
         """
         layers.0.self_attn q_proj | k_proj + v_proj
         layers.0.self_attn k_proj | q_proj + v_proj
@@ -377,14 +267,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         """,
     ),
     "gpt_neox": Architecture(
-        lambda: transformers.GPTNeoXConfig(**_COMMON),
+        MODELS["gpt_neox"],
         """
         layers.0 attention | mlp
         layers.1 attention | mlp
         """,
     ),
     "mixtral": Architecture(
-        lambda: transformers.MixtralConfig(**_COMMON, num_local_experts=4, num_experts_per_tok=2),
+        MODELS["mixtral"],
         """
         layers.0.self_attn q_proj | k_proj + v_proj
         layers.0.self_attn k_proj | q_proj + v_proj
