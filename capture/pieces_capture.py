@@ -63,7 +63,7 @@ def capture_pieces(
     if SETTINGS.disable:
         split = split.on_one_stream()
     machine: Machine = Cuda(device, split.lanes, pool) if device.type == "cuda" else Simulated(pool)
-    with torch.no_grad(), torch.inference_mode(False), machine:
+    with torch.inference_mode(False), torch.no_grad(), machine:
         values = _Values(module, static, split)
         layouts = Layouts()
         machine.rehearse(lambda: _rehearse(values, split, machine, layouts, mutated, device), max(1, warmup))

@@ -74,11 +74,13 @@ class Split:
 
     Attributes:
         parts: in launch order. The last one is a graph on the caller's stream.
+        outputs: values that leave the graph.
         same: results of joins that became waits, and what they are.
         lanes: how many lanes parts are launched on.
     """
 
     parts: tuple[Part, ...]
+    outputs: tuple[Node, ...]
     same: Mapping[Node, Node]
     lanes: int
 
@@ -101,8 +103,8 @@ class Split:
         return tuple(above)
 
     def users(self) -> dict[Node, int]:
-        """Per value that passes between parts, the parts that give or take it, as bits."""
-        users: dict[Node, int] = {}
+        """Per value that passes between parts, the parts that give or take it, as bits; one more for who called."""
+        users = {node: 1 << len(self.parts) for node in self.outputs}
         for number, part in enumerate(self.parts):
             for node in (*part.takes, *part.gives):
                 users[node] = users.get(node, 0) | 1 << number
@@ -269,7 +271,9 @@ class _Builder:
                 self.run.append(node)
         self.close(always=True)
         lanes = 1 + max((region.lane for region in self.apart.values()), default=-1)
-        split = Split(tuple(self.parts), self.same, lanes)
+        output = next(node for node in self.gm.graph.nodes if node.op == "output")
+        split = Split(tuple(self.parts), (), self.same, lanes)
+        split = replace(split, outputs=tuple(map(split.value, output.all_input_nodes)))
         return replace(split, parts=_with_places(self.with_values(split)))
 
     def give_lanes(self, order: Sequence[Node]) -> None:

@@ -86,6 +86,6 @@ def run_once(
     run: Callable[[], Any], mutated: Sequence[Tensor], device: torch.device, *, name: str, order: Turns | ReplayOrder
 ) -> tuple[UncapturedGraph, Any]:
     """Run, put `mutated` and the RNG back, and keep the results: later ones go to the same place."""
-    with torch.no_grad(), torch.inference_mode(False), preserved(mutated, device):
+    with torch.inference_mode(False), torch.no_grad(), preserved(mutated, device):
         outputs = run()
     return UncapturedGraph(name, run, outputs, order), outputs

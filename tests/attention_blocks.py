@@ -36,7 +36,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.view(-1, HEADS, HIDDEN // HEADS).transpose(0, 1)[None] for part in self.qkv(x).chunk(3, -1))
         out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o(out[0].transpose(0, 1).reshape(-1, HIDDEN))
+        return self.o(out[0].transpose(0, 1).reshape(-1, HIDDEN).tanh()).tanh()
 
 
 class Paged(nn.Module):
@@ -74,16 +74,31 @@ class Parallel(Block):
 
 
 class Shortcut(nn.Module):
-    """LongCat: a slow branch beside the second of two blocks, attention included."""
+    """LongCat: a slow branch beside what follows it, attention included."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = 1) -> None:
         super().__init__()
-        self.first, self.second, self.slow = Attention(), Block(), Dense()
+        self.first, self.second, self.slow = Attention(), Stack(*(Block() for _ in range(blocks))), Dense()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.first(x)
         slow = self.slow(x)
         return self.second(x) + slow
+
+
+class Late(nn.Module):
+    """The result of one branch is read when the next branch has been forked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.first, self.second = Attention(), Attention(), Dense(), Dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended = self.one(x)
+        first = self.first(x)
+        y = attended + first
+        attended = self.two(y) * first
+        return attended + self.second(y)
 
 
 class Stack(nn.Module):
@@ -117,6 +132,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
     "attention beside": (lambda: Stack(Parallel(), Parallel()), (".attention",)),
     "both sides": (lambda: Stack(Parallel(), Parallel()), (".attention", ".mlp")),
     "beside a block": (lambda: Stack(Shortcut(), Shortcut()), (".slow",)),
+    "beside two blocks": (lambda: Stack(Shortcut(2)), (".slow",)),
+    "read late": (lambda: Late(), ("first", "second")),
     "regions beside a region": (lambda: Stack(Shortcut(), Parallel()), (".slow", ".mlp")),
 }
 """Models, and which of their modules are regions."""
