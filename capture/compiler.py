@@ -19,23 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..kernels.fuse import FusionReport, fuse_elementwise
-from ..kernels.launch import compile_ahead
-from ..kernels.safety import fusion_safety
+from ..kernels.fuse import FusionReport
 from ..runtime.errors import AuxstreamWarning, CaptureError, RaceError, TraceError
-from ..runtime.settings import SETTINGS, Verify, parse_overlap, parse_safety
+from ..runtime.settings import SETTINGS, Verify, parse_overlap
 from .bucketing import compile_buckets
 from .compiled import CompiledModel
 from .graphs import CapturedGraph, graph
 from .inputs import Calls, Padding, StaticInputs
+from .laying import Laying
 from .life import Life
 from .options import Options
 from .policy import Choice, Plan, key_of, measured, remember, remembered, ruled, unmatched, unmeasured
 from .progress import captures
-from .proposals import copy_of, mark, propose
+from .proposals import propose
 from .race import Racing
-from .schedule import RegionPlan, insert_regions
-from .state import bits, preserved
+from .state import preserved
 from .switches import adopt_switches
 from .trace import TracedGraph, trace
 from .uncaptured import order_of_runs, run_once
@@ -109,16 +107,19 @@ class _Pipeline:
         dump = _Dump(options.dump_dir, "" if padding is None else f"bucket-{padding.size}")
         dump.write("1-traced", traced.graph_module.print_readable(print_output=False))
         _adopt(traced.graph_module)
-        known = {name for name, _ in traced.graph_module.named_buffers()}
+        laying = Laying(traced, options, self.constants)
         written = [*traced.written_tensors(), *static.written(traced)]
-        choice = self._choose(static, traced, known)
+        choice = self._choose(static, traced, laying)
         dump.write("2-overlap", str(choice))
 
-        for trial in _trials(choice.plan, options):
-            module, fusion, regions = self._laid(traced, choice.plan, trial, known, dump)
+        for trial in laying.trials(choice.plan):
+            laid = laying.lay(choice.plan, trial)
+            fusion = laid.fusion
+            dump.write("3-fused", f"{fusion}\n\n{fusion.mlir}" if fusion else "fusion is off")
+            dump.write("4-regions", laid.module.print_readable(print_output=False))
             try:
                 captured, outputs = self._capture(
-                    lambda module=module: static.apart(module(*static.args, **static.kwargs)),
+                    lambda module=laid.module: static.apart(module(*static.args, **static.kwargs)),
                     written,
                     self.name if padding is None else f"{self.name}[{padding.size}]",
                     verify="error" if trial else options.verify,
@@ -136,10 +137,10 @@ class _Pipeline:
                 dump.write("5-program", str(captured.program))
                 dump.write("6-report", str(captured.report))
             calls = Calls(static, traced, outputs, padding=padding, copied=options.copy_outputs)
-            return CompiledModel(captured, regions, fusion, calls, choice)
+            return CompiledModel(captured, laid.regions, fusion, calls, choice)
         raise AssertionError("the last trial returns or raises")
 
-    def _choose(self, static: StaticInputs, traced: TracedGraph, known: set[str]) -> Choice:
+    def _choose(self, static: StaticInputs, traced: TracedGraph, laying: Laying) -> Choice:
         """What runs on lanes: what rules demand, and what is measured to pay."""
         options = self.options
         if not options.multi_stream_moe or not _within(options.token_threshold, static.tensors()):
@@ -151,22 +152,22 @@ class _Pipeline:
         demanded, left = ruled(proposals, rules)
         if not left or self.device.type != "cuda" or options.mode == "none" or SETTINGS.disable:
             return unmeasured(demanded, left)
-        rest = (torch.__version__, torch.cuda.get_device_name(self.device), self.name, replace(options, dump_dir=None))
+        unseen = replace(options, dump_dir=None, progress=None)
+        rest = (torch.__version__, torch.cuda.get_device_name(self.device), self.name, unseen)
         key = key_of(traced.graph_module, proposals, rest)
         choice = remembered(key, demanded, left)
         if choice is None:
-            choice = measured(demanded, left, self._racing(static, traced, known))
+            choice = measured(demanded, left, self._racing(static, traced, laying))
             remember(key, demanded, choice)
         return choice
 
-    def _racing(self, static: StaticInputs, traced: TracedGraph, known: set[str]) -> Racing:
+    def _racing(self, static: StaticInputs, traced: TracedGraph, laying: Laying) -> Racing:
         """Plans captured as they will be, unproved and in memory of their own."""
         written = [*traced.written_tensors(), *static.written(traced)]
         pool = torch.cuda.graph_pool_handle()
 
         def build(plan: Plan) -> CapturedGraph:
-            trial = _trials(plan, self.options)[0]
-            module, _, _ = self._laid(traced, plan, trial, known, _Dump(None))
+            module = laying.lay(plan, laying.trials(plan)[0]).module
             captured, _ = self._capture(
                 lambda: static.apart(module(*static.args, **static.kwargs)),
                 written,
@@ -179,18 +180,6 @@ class _Pipeline:
 
         return Racing(build, written, self.device)
 
-    def _laid(
-        self, traced: TracedGraph, plan: Plan, trial: bool, known: set[str], dump: _Dump
-    ) -> tuple[GraphModule, FusionReport | None, tuple[RegionPlan, ...]]:
-        """A copy of the graph, fused, with the plan's regions in it."""
-        module = copy_of(traced.graph_module)
-        mark(module, plan.regions)
-        fusion = _fused(module, self.options, trial, dump)
-        self._share_constants(module, known)
-        regions = insert_regions(module, handoff=self.options.handoff, order=plan.order)
-        dump.write("4-regions", module.print_readable(print_output=False))
-        return module, fusion, regions
-
     def _capture(
         self, run: Callable[[], Any], mutated: Sequence[Tensor], name: str, *, verify: Verify, warmup: int, pool: Any
     ) -> tuple[CapturedGraph, Any]:
@@ -199,38 +188,12 @@ class _Pipeline:
             return run_once(run, mutated, self.device, name=name, order=order)
         return warm_up_and_capture(run, (), mutated, self.device, name=name, verify=verify, warmup=warmup, pool=pool)
 
-    def _share_constants(self, module: GraphModule, known: set[str]) -> None:
-        """Buffers that fusion computed for this graph as for an earlier one: one is enough."""
-        for name, own in list(module.named_buffers()):
-            if name not in known:
-                shared = self.constants.setdefault(name, own)
-                alike = shared.dtype == own.dtype and shared.stride() == own.stride()
-                if alike and torch.equal(bits(shared), bits(own)):
-                    setattr(module, name, shared)
-
 
 def _adopt(module: GraphModule) -> None:
     """Hand-written stream switches become marks; what cannot is said, and stays as it is."""
     for adoption in adopt_switches(module):
         if not adoption.adopted:
             warnings.warn(f"hand-written stream switches stay: {adoption}", AuxstreamWarning, stacklevel=5)
-
-
-def _trials(plan: Plan, options: Options) -> tuple[bool, ...]:
-    """Whether to fuse regions on `auto` as if they were safe: first so, then not, if any region is."""
-    if not options.mlir_elementwise_fusion:
-        return (False,)
-    safety = fusion_safety([region.name for region in plan.regions], parse_safety(options.fusion_safe))
-    return (True, False) if "auto" in safety.values() else (False,)
-
-
-def _fused(module: GraphModule, options: Options, trial: bool, dump: _Dump) -> FusionReport | None:
-    if not options.mlir_elementwise_fusion:
-        return None
-    report = fuse_elementwise(module, safe=parse_safety(options.fusion_safe), trial=trial)
-    compile_ahead(report.fusions)
-    dump.write("3-fused", f"{report}\n\n{report.mlir}")
-    return report
 
 
 def _give_up_trial(fusion: FusionReport | None, error: RaceError) -> None:
