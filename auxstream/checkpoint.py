@@ -190,7 +190,7 @@ def encode(given: Sequence[str], checkpoint: Checkpoint) -> tuple[list[Prompt], 
     """Prompts as ids, and the tokenizer if any is text. Raises InputError for text without a tokenizer, a prompt
     without tokens, and ids that the vocabulary does not have."""
     listed = [_ids(text) for text in given]
-    tokenizer = _tokenizer(checkpoint, given[listed.index(None)]) if None in listed else None
+    tokenizer: Any = _tokenizer(checkpoint, given[listed.index(None)]) if None in listed else None
     prompts: list[Prompt] = []
     for number, (text, ids) in enumerate(zip(given, listed, strict=True), 1):
         made = Prompt(tuple(tokenizer(text)["input_ids"]), text) if ids is None else Prompt(tuple(ids))

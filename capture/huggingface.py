@@ -159,8 +159,8 @@ class PrefillStep(nn.Module):
     `forward(input_ids, position, slot, last)`: `input_ids` int64 `[1, tokens]`; `position` int64 `[tokens]`, of each
     token its own; `slot` int64 `[1]`, the row of the caches; `last` int64 `[1]`, the index of the token whose logits
     are wanted; returns logits `[1, vocab]`. A token sees what that row of the caches holds at its own position and
-    before it, so a long prompt may come in pieces. In buckets, tokens that pad are sent to a position that nobody sees:
-    `pad={"position": context - 1}`.
+    before it, so a long prompt may come in pieces. In buckets, tokens that pad are sent to a position that nobody sees,
+    `pad={"position": context - 1}`, and the example's `last` is 0: a token that every call has.
 
     Raises InputError for a model with recurrent state, which has no positions to write tokens to, and for one that
     computes the logits of all tokens or of none.
