@@ -36,10 +36,11 @@ _LEAST_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Nodes by name, so that it fits every copy of its graph."""
+    """Nodes by name, so that it fits every copy of its graph. `bare`: nothing but products and views."""
 
     name: str
     nodes: tuple[str, ...]
+    bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def propose(gm: GraphModule) -> tuple[Proposal, ...]:
             name = unique(branch.name, names)
             names.add(name)
             found.append(_Found(name, branch.spans, branch.bytes, False))
-    return tuple(sorted(_by_kind(flow, found), key=lambda proposal: (not proposal.expected, -proposal.bytes)))
+    return tuple(sorted(_by_kind(flow, weights, found), key=lambda proposal: (not proposal.expected, -proposal.bytes)))
 
 
 def mark(gm: GraphModule, regions: Iterable[Region]) -> None:
@@ -170,15 +171,21 @@ def _bytes(flow: Dataflow, mask: int) -> int:
     return sum(cost_of(flow, node).bytes for node in flow.select(mask))
 
 
-def _by_kind(flow: Dataflow, found: Sequence[_Found]) -> Iterator[Proposal]:
+def _by_kind(flow: Dataflow, weights: Weights, found: Sequence[_Found]) -> Iterator[Proposal]:
     groups: dict[tuple[str, Span], list[_Found]] = {}
     for branch in found:
         for span in branch.spans:
             groups.setdefault((kind_of(branch.name), span), []).append(branch)
     for (kind, span), branches in groups.items():
-        regions = [Region(b.name, tuple(node.name for node in flow.select(b.spans[span]))) for b in branches]
+        regions = [_region(flow, weights, branch.name, branch.spans[span]) for branch in branches]
         moved = sum(branch.bytes for branch in branches)
         yield Proposal(kind, span, tuple(regions), moved, all(branch.expected for branch in branches))
+
+
+def _region(flow: Dataflow, weights: Weights, name: str, mask: int) -> Region:
+    nodes = flow.select(mask)
+    bare = all(weights.products >> flow.index[node] & 1 or flow.is_view(node) for node in nodes)
+    return Region(name, tuple(node.name for node in nodes), bare)
 
 
 def kind_of(name: str) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import auxstream
-from auxstream.capture import Options, insert_regions, policy, proposals
+from auxstream.capture import Options, insert_regions, laying, policy, proposals
+from auxstream.capture.laying import Laying
 from auxstream.capture.policy import Plan, Result, key_of, measured, remember, remembered, ruled, unmeasured
 from auxstream.capture.proposals import Proposal, Region, copy_of, mark, propose
 from auxstream.capture.race import judged
@@ -69,7 +70,9 @@ def found(small: None, model: Model) -> tuple[Proposal, ...]:
 
 
 def of(kind: str, span: proposals.Span = "products", expected: bool = False, weight: int = 1) -> Proposal:
-    regions = tuple(Region(kind.replace("*", str(i)), (f"{kind}{i}", *([f"norm{i}"] if span == "whole" else []))) for i in range(2))
+    regions = tuple(
+        Region(kind.replace("*", str(i)), (f"{kind}{i}", *([f"norm{i}"] if span == "whole" else []))) for i in range(2)
+    )
     return Proposal(kind, span, regions, weight, expected)
 
 
@@ -124,9 +127,34 @@ def test_marks_of_adopted_switches_are_proposed(small: None, model: Model) -> No
     own.meta["auxstream"] = "mine.3"
     own.meta["skip_mlir_fusion"] = True
     (mine,) = (proposal for proposal in propose(gm) if proposal.expected and proposal.kind != "layers.*.shared")
-    assert (mine.kind, mine.span, mine.regions) == ("mine.*", "whole", (Region("mine.3", (own.name,)),))
+    assert (mine.kind, mine.span, mine.regions) == ("mine.*", "whole", (Region("mine.3", (own.name,), bare=True),))
     assert "auxstream" not in own.meta
     assert "skip_mlir_fusion" not in own.meta
+
+
+def test_branches_of_products_alone_share_what_is_fused(
+    small: None, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are marked behind the fusion, and compute the same; others are kept from it."""
+    x = torch.randn(4, WIDTH)
+    traced = trace(model, (x,))
+    found = {(p.kind, p.span): p for p in propose(traced.graph_module)}
+    shared, q = found["layers.*.shared", "products"], found["layers.*.q", "products"]
+    fused: list[object] = []
+    monkeypatch.setattr(laying, "compile_ahead", fused.append)
+    each = Laying(traced, Options(), {})
+    expected = each.lay(Plan(), trial=False).module(x)
+    for plan, fusions in (
+        (Plan((q,)), 1),
+        (Plan((shared,)), 2),
+        (Plan((shared, q)), 2),
+        (Plan((shared, q), "aux_first"), 2),
+    ):
+        laid = each.lay(plan, trial=False)
+        assert len(fused) == fusions
+        assert [plan.name for plan in laid.regions] == sorted(region.name for region in plan.regions)
+        assert torch.equal(laid.module(x), expected)
+    assert not any(node.meta.get("auxstream") for node in traced.graph_module.graph.nodes)
 
 
 # --- rules ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""A traced graph under a plan: fused, and with the plan's regions in it.
+
+Enters: a traced graph and `Options`, then plans. Leaves: a `Laid` graph per plan. Invariant: the traced graph itself is
+not changed, so any number of plans can be laid.
+
+Regions of nothing but products and views (`Region.bare`) leave fusion nothing to keep off them: they are marked when
+the rest is fused. So plans that differ in them alone share one fused graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ..kernels.fuse import FusionReport, fuse_elementwise
+from ..kernels.launch import compile_ahead
+from ..kernels.safety import fusion_safety
+from ..runtime.settings import parse_safety
+from .options import Options
+from .policy import Plan
+from .proposals import Region, copy_of, mark
+from .schedule import RegionPlan, insert_regions
+from .state import bits
+from .trace import TracedGraph
+
+
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """A graph ready to be captured, over the traced one's parameters and buffers."""
+
+    module: GraphModule
+    fusion: FusionReport | None
+    regions: tuple[RegionPlan, ...]
+
+
+class Laying:
+    """`constants`: what fusion computed ahead for graphs of the same model, by name; they share it."""
+
+    def __init__(self, traced: TracedGraph, options: Options, constants: dict[str, Tensor]) -> None:
+        self._traced = traced.graph_module
+        self._options = options
+        self._constants = constants
+        self._known = {name for name, _ in self._traced.named_buffers()}
+        self._fused: dict[tuple[tuple[Region, ...], bool], tuple[GraphModule, FusionReport | None]] = {}
+
+    def trials(self, plan: Plan) -> tuple[bool, ...]:
+        """Whether to fuse regions on `auto` as if they were safe: first so, then not, if any region is."""
+        if not self._options.mlir_elementwise_fusion:
+            return (False,)
+        safety = fusion_safety([region.name for region in plan.regions], parse_safety(self._options.fusion_safe))
+        return (True, False) if "auto" in safety.values() else (False,)
+
+    def lay(self, plan: Plan, trial: bool) -> Laid:
+        """A graph with these regions. Raises RegionError where they cannot be laid together."""
+        bare = [region for region in plan.regions if region.bare]
+        fused, report = self._base(tuple(region for region in plan.regions if not region.bare), trial)
+        module = copy_of(fused)
+        mark(module, bare)
+        regions = insert_regions(module, handoff=self._options.handoff, order=plan.order)
+        return Laid(module, report, regions)
+
+    def _base(self, regions: tuple[Region, ...], trial: bool) -> tuple[GraphModule, FusionReport | None]:
+        if (regions, trial) not in self._fused:
+            module, report = copy_of(self._traced), None
+            mark(module, regions)
+            if self._options.mlir_elementwise_fusion:
+                report = fuse_elementwise(module, safe=parse_safety(self._options.fusion_safe), trial=trial)
+                compile_ahead(report.fusions)
+                self._share_constants(module)
+            self._fused[regions, trial] = module, report
+        return self._fused[regions, trial]
+
+    def _share_constants(self, module: GraphModule) -> None:
+        """Buffers that fusion computed for this graph as for an earlier one: one is enough."""
+        for name, own in list(module.named_buffers()):
+            if name not in self._known:
+                shared = self._constants.setdefault(name, own)
+                alike = shared.dtype == own.dtype and shared.stride() == own.stride()
+                if alike and torch.equal(bits(shared), bits(own)):
+                    setattr(module, name, shared)
