@@ -5,6 +5,7 @@
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu    no GPU: a smaller download
 #   make demo VENV=system                no .venv: run on what $(PYTHON) has, install nothing
 #   make demo ARGS="--json out.json"     arguments for the command itself
+#   make test JOBS=4                     test files side by side in so many processes; JOBS= for one
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,8 +18,10 @@ SOURCES := pyproject.toml setup.py
 
 ifeq ($(VENV),system)
 # -P keeps the current folder off the path: it holds auxstream/ without the folders that belong below it.
+JOBS ?=
 RUN := PYTHONPATH="$(CURDIR)/$(LINKS)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -P
 else
+JOBS ?= 2
 RUN := $(VENV)/bin/python -P
 endif
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -39,7 +42,7 @@ demo: ready-demo
 
 test: ready-test
 	@echo "auxstream: running the tests"
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest $(if $(JOBS),-n $(JOBS) --dist loadfile) $(ARGS)
 
 lint: ready-lint dev
 	@failed=0; \
