@@ -1,20 +1,25 @@
 """Launches of the experts' kernels for few tokens.
 
 Enters: hidden states, chosen experts and their weights, and tiles. Leaves: the layer's output. Invariant: the grid
-depends on shapes alone, so a launch can be captured; workspaces are tensors of this call.
+depends on shapes alone, so a launch can be captured; workspaces are tensors of this call. Numbers of tokens within one
+class share their kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from . import experts_kernels as kernels
 from .variants import next_power_of_two
+
+MOST_FEW: Final = 32
+"""Tokens that the form for few can take."""
+_SUM_COLS: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +29,10 @@ class Tile:
     rows: int
     cols: int
     warps: int
-    stages: int = 0
-    evict: bool = True
-    ahead: int = 0
-    late: int = 396
+    stages: int = 1
 
     def __str__(self) -> str:
-        told = f"{self.rows} x {self.cols}, {self.warps} warps"
-        told += f", {self.stages} stages" if self.stages else ""
-        told += ", evict first" if self.evict else ""
-        return told + (f", {self.ahead} x {self.late} ahead" if self.ahead else "")
+        return f"{self.rows} x {self.cols}, {self.warps} warps, {self.stages} stages"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ class Work:
     """One call: what is read, and how it lies."""
 
     hidden: Tensor
-    """[tokens, hidden]"""
+    """[tokens, hidden], columns side by side"""
     chosen: Tensor
     """[tokens, choices], contiguous"""
     scale: Tensor
@@ -78,8 +77,20 @@ class Work:
     """Whether gates and ups take turns among the outputs, or all gates come first."""
 
     @property
+    def tokens(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def experts(self) -> int:
+        return self.up.shape[0]
+
+    @property
     def inner(self) -> int:
         return self.down.shape[2]
+
+    @property
+    def choices(self) -> int:
+        return self.chosen.shape[1]
 
     @property
     def pairs(self) -> int:
@@ -107,6 +118,11 @@ class Launch:
         return self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.options)
 
 
+def row_class(tokens: int) -> int:
+    """The largest number of tokens that runs what this one runs."""
+    return 1 if tokens == 1 else max(16, next_power_of_two(tokens))
+
+
 def up_strides(work: Work) -> tuple[int, ...]:
     step, partner = work.gate_strides()
     expert, output, along = work.up.stride()
@@ -121,61 +137,56 @@ def down_strides(work: Work) -> tuple[int, ...]:
 def up_constants(work: Work, tile: Tile) -> dict[str, Any]:
     return {
         "HIDDEN": work.hidden.shape[1], "INNER": work.inner, "ROWS": tile.rows, "COLS": tile.cols,
-        "STAGES": tile.stages, "EVICT": "evict_first" if tile.evict else "", "BIAS": work.up_bias is not None,
-        **work.activation.constants(), "num_warps": tile.warps,
+        "BIAS": work.up_bias is not None, **work.activation.constants(), "num_warps": tile.warps,
     }  # fmt: skip
 
 
-def _choices(work: Work) -> dict[str, Any]:
-    count = work.chosen.shape[1]
-    return {"K": count, "K2": next_power_of_two(count)}
+def down_constants(work: Work, tile: Tile) -> dict[str, Any]:
+    return {
+        "HIDDEN": work.hidden.shape[1], "INNER": work.inner, "ROWS": tile.rows, "COLS": tile.cols,
+        "BIAS": work.down_bias is not None, "num_warps": tile.warps,
+    }  # fmt: skip
 
 
 def either(bias: Tensor | None, other: Tensor) -> Tensor:
     return other if bias is None else bias
 
 
+def _choices(work: Work) -> dict[str, Any]:
+    return {"K": work.choices, "K2": next_power_of_two(work.choices)}
+
+
+# --- one token --------------------------------------------------------------------------------------------------------
+
+
 def up_one(work: Work, act: Tensor, tile: Tile) -> Launch:
     """The first product of one token's experts."""
-    tensors = (work.hidden, work.chosen, work.up, either(work.up_bias, work.up), act, work.down)
+    tensors = (work.hidden, work.chosen, work.up, either(work.up_bias, work.up), act)
     programs = work.pairs * -(-work.inner // tile.rows)
-    options = up_constants(work, tile) | {"K": work.pairs, "LATE": tile.late, "AHEAD": tile.ahead}
-    return Launch(kernels.experts_up_one, programs, (*tensors, *up_strides(work), work.down.stride(0)), options)
+    return Launch(kernels.experts_up_one, programs, (*tensors, *up_strides(work)), up_constants(work, tile))
 
 
 def down_one(work: Work, act: Tensor, out: Tensor, tile: Tile) -> Launch:
     """The second product of one token's experts, and their sum."""
     tensors = (act, work.chosen, work.scale, work.down, either(work.down_bias, work.down), out)
-    hidden = work.hidden.shape[1]
-    options = {
-        "HIDDEN": hidden, "INNER": work.inner, **_choices(work), "ROWS": tile.rows, "COLS": tile.cols,
-        "EVICT": "evict_first" if tile.evict else "", "BIAS": work.down_bias is not None, "num_warps": tile.warps,
-    }  # fmt: skip
-    return Launch(kernels.experts_down_one, -(-hidden // tile.rows), (*tensors, *down_strides(work)), options)
+    programs = -(-work.hidden.shape[1] // tile.rows)
+    options = down_constants(work, tile) | _choices(work)
+    return Launch(kernels.experts_down_one, programs, (*tensors, *down_strides(work)), options)
 
 
-def both_one(work: Work, act: Tensor, out: Tensor, arrived: Tensor, up: Tile, down: Tile) -> Launch:
-    """Both products of one token's experts. `arrived`: one int32, zero."""
-    assert up.warps == down.warps
-    assert (work.up_bias is None) == (work.down_bias is None)
-    biases = either(work.up_bias, work.up), either(work.down_bias, work.down)
-    tensors = (work.hidden, work.chosen, work.scale, work.up, biases[0], work.down, biases[1], act, out, arrived)
-    hidden = work.hidden.shape[1]
-    programs = work.pairs * -(-work.inner // up.rows) + -(-hidden // down.rows)
-    options = {**up_constants(work, up), **_choices(work), "DOWN_ROWS": down.rows, "DOWN_COLS": down.cols}
-    return Launch(kernels.experts_one, programs, (*tensors, *up_strides(work), *down_strides(work)), options)
+# --- a few tokens -----------------------------------------------------------------------------------------------------
+
+
+def by_pair(work: Work) -> bool:
+    """Whether the grid has a slot per pair, or one per expert: whichever are fewer."""
+    return work.pairs <= work.experts
 
 
 def _slots(work: Work) -> tuple[int, dict[str, Any]]:
     """How many slots the grid has, and how kernels find a slot's expert."""
-    experts = work.up.shape[0]
-    tokens = work.hidden.shape[0]
-    by_pair = work.pairs <= experts
-    found = {
-        "T": tokens, **_choices(work), "P2": next_power_of_two(work.pairs), "PAIRS": by_pair,
-        "TOKENS": max(16, next_power_of_two(tokens)),
-    }  # fmt: skip
-    return min(work.pairs, experts), found
+    most = row_class(max(2, work.tokens))
+    found = _choices(work) | {"P2": next_power_of_two(most * work.choices), "PAIRS": by_pair(work), "TOKENS": most}
+    return min(work.pairs, work.experts), found
 
 
 def up_few(work: Work, act: Tensor, tile: Tile) -> Launch:
@@ -183,27 +194,25 @@ def up_few(work: Work, act: Tensor, tile: Tile) -> Launch:
     slots, found = _slots(work)
     tensors = (work.hidden, work.chosen, work.up, either(work.up_bias, work.up), act)
     programs = slots * -(-work.inner // tile.rows)
-    strides = (work.hidden.stride(0), *up_strides(work))
-    return Launch(kernels.experts_up_few, programs, (*tensors, *strides), up_constants(work, tile) | found)
+    numbers = (work.tokens, work.hidden.stride(0), *up_strides(work))
+    options = up_constants(work, tile) | found | {"STAGES": tile.stages}
+    return Launch(kernels.experts_up_few, programs, (*tensors, *numbers), options)
 
 
 def down_few(work: Work, act: Tensor, part: Tensor, tile: Tile) -> Launch:
     """The second product of a few tokens' experts."""
     slots, found = _slots(work)
     tensors = (act, work.chosen, work.scale, work.down, either(work.down_bias, work.down), part)
-    hidden = work.hidden.shape[1]
-    options = {
-        "HIDDEN": hidden, "INNER": work.inner, **found, "ROWS": tile.rows, "COLS": tile.cols, "STAGES": tile.stages,
-        "EVICT": "evict_first" if tile.evict else "", "BIAS": work.down_bias is not None, "num_warps": tile.warps,
-    }  # fmt: skip
-    return Launch(kernels.experts_down_few, slots * -(-hidden // tile.rows), (*tensors, *down_strides(work)), options)
+    programs = slots * -(-work.hidden.shape[1] // tile.rows)
+    options = down_constants(work, tile) | found | {"STAGES": tile.stages}
+    return Launch(kernels.experts_down_few, programs, (*tensors, work.tokens, *down_strides(work)), options)
 
 
-def sum_of(work: Work, part: Tensor, out: Tensor, cols: int = 512, once: bool = True) -> Launch:
+def sum_of(work: Work, part: Tensor, out: Tensor, once: bool = True) -> Launch:
     """Each token's sum over its experts. `once`: of an expert chosen twice there is one row, else one per pair."""
     tokens, hidden = work.hidden.shape
-    options = {**_choices(work), "HIDDEN": hidden, "COLS": cols, "ONCE": once, "num_warps": 4}
-    return Launch(kernels.experts_sum, tokens * -(-hidden // cols), (part, work.chosen, out), options)
+    options = {**_choices(work), "HIDDEN": hidden, "COLS": _SUM_COLS, "ONCE": once, "num_warps": 4}
+    return Launch(kernels.experts_sum, tokens * -(-hidden // _SUM_COLS), (part, work.chosen, out), options)
 
 
 def activations(work: Work) -> Tensor:

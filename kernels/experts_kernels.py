@@ -17,6 +17,8 @@ from triton import knobs
 
 from . import device_math as dm
 
+NAN = tl.constexpr(tl.PropagateNan.ALL)
+
 
 @triton.jit
 def activated(
@@ -24,7 +26,7 @@ def activated(
 ):  # fmt: skip
     """act(gate) * (up + SHIFT), both clamped before if there is a limit; act(gate) alone without a gate."""
     if LIMIT is not None:
-        g = tl.minimum(g, LIMIT)
+        g = tl.minimum(g, LIMIT, propagate_nan=NAN)
     if ACT == "silu":
         y = g * tl.sigmoid(g * ALPHA)
     elif ACT == "gelu_tanh":  # 0.5 * (1 + tanh(z)) is sigmoid(2 z)
@@ -33,11 +35,11 @@ def activated(
         y = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
     else:
         tl.static_assert(ACT == "relu2")
-        y = tl.maximum(g, 0.0)
+        y = tl.maximum(g, 0.0, propagate_nan=NAN)
         y = y * y
     if GATED:
         if LIMIT is not None:
-            u = tl.minimum(tl.maximum(u, -LIMIT), LIMIT)
+            u = tl.minimum(tl.maximum(u, -LIMIT, propagate_nan=NAN), LIMIT, propagate_nan=NAN)
         y = y * (u + SHIFT)
     return y
 
@@ -53,7 +55,7 @@ def rounded(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, total):
-    return tl.dot(a, b, total)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
@@ -69,77 +71,60 @@ dot = _wide_dot if knobs.runtime.interpret else _dot
 
 
 @triton.jit
-def _up_rows(
-    x, chosen, w, bias, act, w_e, w_n, w_k, w_u, b_e, b_n, b_u, block, slot,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
-    EVICT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr, SHIFT: tl.constexpr,
+def experts_up_one(
+    x, chosen, w, bias, act, w_e, w_n, w_k, w_u, b_e, b_n, b_u,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BIAS: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS activations of the slot's expert, for the one token there is."""
+    """ROWS activations of one choice's expert. Unrolled: all weights are asked for before the first is waited for."""
+    blocks: tl.constexpr = (INNER + ROWS - 1) // ROWS
+    slot = tl.program_id(0) // blocks
     expert = tl.load(chosen + slot).to(tl.int64)
-    rows = block * ROWS + tl.arange(0, ROWS)
+    rows = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     there = (rows[:, None] < INNER) & (cols[None, :] >= 0)
     inputs = x + rows[:, None] * 0 + cols[None, :]  # laid out as the weights are: no exchange between threads
     gates = w + expert * w_e + rows[:, None] * w_n + cols[None, :] * w_k
     g = tl.zeros([ROWS, COLS], tl.float32)
     u = tl.zeros([ROWS, COLS], tl.float32)
-    if STAGES == 0:
-        for c in tl.static_range(0, HIDDEN, COLS):
-            mask = there if c + COLS <= HIDDEN else there & (cols[None, :] < HIDDEN - c)
-            part = tl.load(inputs + c, mask=mask, other=0.0).to(tl.float32)
-            g += tl.load(gates + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32) * part
-            if GATED:
-                u += tl.load(gates + w_u + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32) * part
-    else:
-        for c in tl.range(0, HIDDEN, COLS, num_stages=STAGES):
-            mask = there & (cols[None, :] < HIDDEN - c)
-            part = tl.load(inputs + c, mask=mask, other=0.0).to(tl.float32)
-            g += tl.load(gates + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32) * part
-            if GATED:
-                u += tl.load(gates + w_u + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32) * part
-    gate, up = tl.sum(g, 1), tl.sum(u, 1)
+    for c in tl.static_range(0, HIDDEN, COLS):
+        mask = there if c + COLS <= HIDDEN else there & (cols[None, :] < HIDDEN - c)
+        part = tl.load(inputs + c, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(gates + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first")
+        g += gate.to(tl.float32) * part
+        if GATED:
+            up = tl.load(gates + w_u + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first")
+            u += up.to(tl.float32) * part
+    gate_sum, up_sum = tl.sum(g, 1), tl.sum(u, 1)
     if BIAS:
         near = bias + expert * b_e + rows * b_n
-        gate += tl.load(near, mask=rows < INNER, other=0.0).to(tl.float32)
+        gate_sum += tl.load(near, mask=rows < INNER, other=0.0).to(tl.float32)
         if GATED:
-            up += tl.load(near + b_u, mask=rows < INNER, other=0.0).to(tl.float32)
-    value = activated(gate, up, ACT, GATED, ALPHA, LIMIT, SHIFT)
+            up_sum += tl.load(near + b_u, mask=rows < INNER, other=0.0).to(tl.float32)
+    value = activated(gate_sum, up_sum, ACT, GATED, ALPHA, LIMIT, SHIFT)
     tl.store(act + slot * INNER + rows, rounded(value, act.dtype.element_ty), mask=rows < INNER)
 
 
 @triton.jit
-def _down_part(w, expert, rows, cols, w_e, w_n, w_k, mask, EVICT: tl.constexpr):
-    at = w + expert[:, None, None] * w_e + rows[None, :, None] * w_n + cols[None, None, :] * w_k
-    return tl.load(at, mask=mask, other=0.0, eviction_policy=EVICT)
-
-
-@triton.jit
-def _down_rows(
-    act, chosen, scale, w, bias, out, w_e, w_n, w_k, b_e, arrived, block,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, K2: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-    EVICT: tl.constexpr, BIAS: tl.constexpr, AWAITED: tl.constexpr,
+def experts_down_one(
+    act, chosen, scale, w, bias, out, w_e, w_n, w_k, b_e,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of the one token, summed over its experts in the order chosen. With AWAITED, the first weights are
-    read before the activations are waited for."""
+    """ROWS outputs of the one token, summed over its experts."""
     slots = tl.arange(0, K2)
     expert = tl.load(chosen + slots, mask=slots < K, other=0).to(tl.int64)
-    rows = block * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     there = (slots[:, None, None] < K) & (rows[None, :, None] < HIDDEN)
     share = tl.load(scale + slots, mask=slots < K, other=0.0).to(tl.float32)
-    first = _down_part(w, expert, rows, cols, w_e, w_n, w_k, there & (cols[None, None, :] < INNER), EVICT)
-    if AWAITED:
-        while tl.atomic_add(arrived, 0, sem="acquire") < AWAITED:
-            pass
+    weights = w + expert[:, None, None] * w_e + rows[None, :, None] * w_n + cols[None, None, :] * w_k
+    inputs = act + slots[:, None, None] * INNER + rows[None, :, None] * 0 + cols[None, None, :]
     total = tl.zeros([K2, ROWS, COLS], tl.float32)
     for c in tl.static_range(0, INNER, COLS):
         mask = there & (cols[None, None, :] < INNER - c)
-        weights = first if c == 0 else _down_part(w, expert, rows, c + cols, w_e, w_n, w_k, mask, EVICT)
-        at = act + slots[:, None, None] * INNER + rows[None, :, None] * 0 + (c + cols)[None, None, :]
-        values = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        total += weights.to(tl.float32) * values
+        weight = tl.load(weights + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first")
+        total += weight.to(tl.float32) * tl.load(inputs + c, mask=mask, other=0.0).to(tl.float32)
     each = tl.sum(total, 2)
     if BIAS:
         near = bias + expert[:, None] * b_e + rows[None, :]
@@ -148,71 +133,11 @@ def _down_rows(
     tl.store(out + rows, rounded(value, out.dtype.element_ty), mask=rows < HIDDEN)
 
 
-@triton.jit
-def _prefetch(next, chosen, n_e, last, K: tl.constexpr, LATE: tl.constexpr, AHEAD: tl.constexpr):
-    """The last LATE programs ask for the next weights' first lines, AHEAD each: memory works while kernels change."""
-    if last < LATE:
-        expert = tl.load(chosen + last % K).to(tl.int64)
-        lines = (last // K) * AHEAD + tl.arange(0, AHEAD)
-        at = (next + expert * n_e + lines * 64).to(tl.int64)
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
-
-
-@triton.jit
-def experts_up_one(
-    x, chosen, w, bias, act, next, w_e, w_n, w_k, w_u, b_e, b_n, b_u, n_e, K: tl.constexpr, LATE: tl.constexpr,
-    AHEAD: tl.constexpr,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
-    EVICT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr, SHIFT: tl.constexpr,
-):  # fmt: skip
-    blocks: tl.constexpr = (INNER + ROWS - 1) // ROWS
-    program = tl.program_id(0)
-    if AHEAD:
-        _prefetch(next, chosen, n_e, K * blocks - 1 - program, K, LATE, AHEAD)
-    _up_rows(x, chosen, w, bias, act, w_e, w_n, w_k, w_u, b_e, b_n, b_u, program % blocks, program // blocks,
-             HIDDEN, INNER, ROWS, COLS, STAGES, EVICT, BIAS, ACT, GATED, ALPHA, LIMIT, SHIFT)  # fmt: skip
-
-
-@triton.jit
-def experts_down_one(
-    act, chosen, scale, w, bias, out, w_e, w_n, w_k, b_e,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, K2: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-    EVICT: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    _down_rows(act, chosen, scale, w, bias, out, w_e, w_n, w_k, b_e, chosen, tl.program_id(0),
-               HIDDEN, INNER, K, K2, ROWS, COLS, EVICT, BIAS, 0)  # fmt: skip
-
-
-@triton.jit
-def experts_one(
-    x, chosen, scale, up, up_bias, down, down_bias, act, out, arrived,
-    u_e, u_n, u_k, u_u, ub_e, ub_n, ub_u, d_e, d_n, d_k, db_e,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, K2: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-    STAGES: tl.constexpr, DOWN_ROWS: tl.constexpr, DOWN_COLS: tl.constexpr, EVICT: tl.constexpr, BIAS: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
-):  # fmt: skip
-    """Both products in one launch. Programs start in the order of their numbers, so those of the second product find
-    all of the first's running or done: they read their weights, and wait for the count of arrivals."""
-    blocks: tl.constexpr = (INNER + ROWS - 1) // ROWS
-    program = tl.program_id(0)
-    if program < K * blocks:
-        _up_rows(x, chosen, up, up_bias, act, u_e, u_n, u_k, u_u, ub_e, ub_n, ub_u, program % blocks, program // blocks,
-                 HIDDEN, INNER, ROWS, COLS, STAGES, EVICT, BIAS, ACT, GATED, ALPHA, LIMIT, SHIFT)  # fmt: skip
-        tl.debug_barrier()
-        tl.atomic_add(arrived, 1, sem="release")
-    else:
-        _down_rows(act, chosen, scale, down, down_bias, out, d_e, d_n, d_k, db_e, arrived, program - K * blocks,
-                   HIDDEN, INNER, K, K2, DOWN_ROWS, DOWN_COLS, EVICT, BIAS, K * blocks)  # fmt: skip
-
-
 # --- a few tokens -----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _first_use(chosen, slot, PAIRS: tl.constexpr, P: tl.constexpr, P2: tl.constexpr):
+def _first_use(chosen, slot, P, PAIRS: tl.constexpr, P2: tl.constexpr):
     """The slot's expert, or -1 if an earlier slot has it or no token chose it. Slots are pairs, or experts."""
     pairs = tl.arange(0, P2)
     ids = tl.load(chosen + pairs, mask=pairs < P, other=-1).to(tl.int32)
@@ -226,7 +151,7 @@ def _first_use(chosen, slot, PAIRS: tl.constexpr, P: tl.constexpr, P2: tl.conste
 
 
 @triton.jit
-def _mine(chosen, expert, T: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, TOKENS: tl.constexpr):
+def _mine(chosen, expert, T, K: tl.constexpr, K2: tl.constexpr, TOKENS: tl.constexpr):
     """Per token the first of its choices that is this expert, or K2."""
     tokens, choices = tl.arange(0, TOKENS), tl.arange(0, K2)
     mask = (tokens[:, None] < T) & (choices[None, :] < K)
@@ -235,7 +160,7 @@ def _mine(chosen, expert, T: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, TO
 
 
 @triton.jit
-def _share(chosen, scale, expert, T: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, TOKENS: tl.constexpr):
+def _share(chosen, scale, expert, T, K: tl.constexpr, K2: tl.constexpr, TOKENS: tl.constexpr):
     """Per token its weight for this expert."""
     tokens, choices = tl.arange(0, TOKENS), tl.arange(0, K2)
     mask = (tokens[:, None] < T) & (choices[None, :] < K)
@@ -245,18 +170,18 @@ def _share(chosen, scale, expert, T: tl.constexpr, K: tl.constexpr, K2: tl.const
     return tl.sum(tl.where(ids == expert, scales, 0.0), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def experts_up_few(
-    x, chosen, w, bias, act, x_t, w_e, w_n, w_k, w_u, b_e, b_n, b_u,
-    T: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, P2: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
+    x, chosen, w, bias, act, T, x_t, w_e, w_n, w_k, w_u, b_e, b_n, b_u,
+    K: tl.constexpr, K2: tl.constexpr, P2: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
-    EVICT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr, SHIFT: tl.constexpr,
+    BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):  # fmt: skip
     """ROWS activations of one expert, for each of its tokens."""
     blocks: tl.constexpr = (INNER + ROWS - 1) // ROWS
     program = tl.program_id(0)
-    expert = _first_use(chosen, program // blocks, PAIRS, T * K, P2)
+    expert = _first_use(chosen, program // blocks, T * K, PAIRS, P2)
     if expert >= 0:
         choice = _mine(chosen, expert, T, K, K2, TOKENS)
         rows = (program % blocks) * ROWS + tl.arange(0, ROWS)
@@ -270,9 +195,9 @@ def experts_up_few(
         for c in tl.range(0, HIDDEN, COLS, num_stages=STAGES):
             part = tl.load(inputs + c, mask=here & (cols[None, :] < HIDDEN - c), other=0.0)
             mask = there & (cols[:, None] < HIDDEN - c)
-            g = dot(part, tl.load(gates + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT), g)
+            g = dot(part, tl.load(gates + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first"), g)
             if GATED:
-                u = dot(part, tl.load(gates + w_u + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT), u)
+                u = dot(part, tl.load(gates + w_u + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first"), u)
         if BIAS:
             near = bias + expert.to(tl.int64) * b_e + rows * b_n
             g += tl.load(near, mask=rows < INNER, other=0.0).to(tl.float32)[None, :]
@@ -283,17 +208,17 @@ def experts_up_few(
         tl.store(at, rounded(value, act.dtype.element_ty), mask=here & there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def experts_down_few(
-    act, chosen, scale, w, bias, part, w_e, w_n, w_k, b_e,
-    T: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, P2: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
+    act, chosen, scale, w, bias, part, T, w_e, w_n, w_k, b_e,
+    K: tl.constexpr, K2: tl.constexpr, P2: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
-    EVICT: tl.constexpr, BIAS: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of one expert for each of its tokens, weighted, in float32."""
     blocks: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
     program = tl.program_id(0)
-    expert = _first_use(chosen, program // blocks, PAIRS, T * K, P2)
+    expert = _first_use(chosen, program // blocks, T * K, PAIRS, P2)
     if expert >= 0:
         choice = _mine(chosen, expert, T, K, K2, TOKENS)
         rows = (program % blocks) * ROWS + tl.arange(0, ROWS)
@@ -306,7 +231,7 @@ def experts_down_few(
         for c in tl.range(0, INNER, COLS, num_stages=STAGES):
             values = tl.load(inputs + c, mask=here & (cols[None, :] < INNER - c), other=0.0)
             mask = there & (cols[:, None] < INNER - c)
-            weight = tl.load(weights + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT)
+            weight = tl.load(weights + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first")
             total = dot(values, weight, total)
         if BIAS:
             near = bias + expert.to(tl.int64) * b_e + rows

@@ -1,34 +1,41 @@
-"""Launches of the experts' kernels for tens to hundreds of tokens, as `experts_few` has them for few."""
+"""Launches of the experts' kernels for tens to hundreds of tokens, as `experts_few` has them for few, and torch's
+grouped product for more."""
 
 from __future__ import annotations
+
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
 
 from . import experts_many_kernels as kernels
-from .experts_few import Launch, Tile, Work, down_strides, either, up_constants, up_strides
+from .experts_few import Launch, Tile, Work, down_constants, down_strides, either, row_class, up_constants, up_strides
+from .experts_reference import activate
 from .variants import next_power_of_two
+
+MOST_PAIRS: Final = 4096
+"""Pairs that are grouped at a time."""
 
 
 def groups(work: Work) -> tuple[Tensor, Tensor]:
     """Workspace: pairs by expert, and where each expert's begin."""
     device = work.hidden.device
     order = torch.empty(work.pairs, dtype=torch.int32, device=device)
-    return order, torch.empty(work.up.shape[0] + 1, dtype=torch.int32, device=device)
+    return order, torch.empty(work.experts + 1, dtype=torch.int32, device=device)
 
 
 def group(work: Work, order: Tensor, start: Tensor) -> Launch:
     """Fill the workspace."""
-    experts = work.up.shape[0]
-    options = {"P": work.pairs, "P2": next_power_of_two(work.pairs), "EXPERTS": experts, "num_warps": 4}
-    return Launch(kernels.experts_group, experts, (work.chosen, order, start), options)
+    most = next_power_of_two(row_class(work.tokens) * work.choices)
+    options = {"P2": most, "EXPERTS": work.experts, "num_warps": 4}
+    return Launch(kernels.experts_group, work.experts, (work.chosen, order, start, work.pairs), options)
 
 
 def up_many(work: Work, order: Tensor, start: Tensor, act: Tensor, tile: Tile, tokens: int) -> Launch:
     """The first product, `tokens` pairs at a time."""
     tensors = (work.hidden, order, start, work.up, either(work.up_bias, work.up), act)
-    programs = work.up.shape[0] * -(-work.inner // tile.rows)
-    options = up_constants(work, tile) | {"K": work.chosen.shape[1], "TOKENS": tokens}
+    programs = work.experts * -(-work.inner // tile.rows)
+    options = up_constants(work, tile) | {"K": work.choices, "TOKENS": tokens, "STAGES": tile.stages}
     strides = (work.hidden.stride(0), *up_strides(work))
     return Launch(kernels.experts_up_many, programs, (*tensors, *strides), options)
 
@@ -36,11 +43,31 @@ def up_many(work: Work, order: Tensor, start: Tensor, act: Tensor, tile: Tile, t
 def down_many(work: Work, order: Tensor, start: Tensor, act: Tensor, part: Tensor, tile: Tile, tokens: int) -> Launch:
     """The second product, `tokens` pairs at a time."""
     tensors = (act, order, start, work.scale, work.down, either(work.down_bias, work.down), part)
-    hidden = work.hidden.shape[1]
-    programs = work.up.shape[0] * -(-hidden // tile.rows)
-    options = {
-        "TOKENS": tokens, "HIDDEN": hidden, "INNER": work.inner, "ROWS": tile.rows, "COLS": tile.cols,
-        "STAGES": tile.stages, "EVICT": "evict_first" if tile.evict else "", "BIAS": work.down_bias is not None,
-        "num_warps": tile.warps,
-    }  # fmt: skip
+    programs = work.experts * -(-work.hidden.shape[1] // tile.rows)
+    options = down_constants(work, tile) | {"TOKENS": tokens, "STAGES": tile.stages}
     return Launch(kernels.experts_down_many, programs, (*tensors, *down_strides(work)), options)
+
+
+def groupable(work: Work) -> bool:
+    """Whether torch multiplies by groups here without asking the host: bfloat16, in steps of 16 bytes."""
+    strides = (work.hidden.shape[1], work.inner, *(s for w in (work.up, work.down) for s in w.stride() if s != 1))
+    return work.hidden.dtype == torch.bfloat16 and all(stride % 8 == 0 for stride in strides)
+
+
+def grouped(work: Work) -> Tensor:
+    """By torch's grouped product, sorted as models do it; every step in torch ops, rounded to the model's type."""
+    ids, order = torch.sort(work.chosen.reshape(-1))
+    counts = torch.histc(ids.int(), bins=work.experts, min=0, max=work.experts - 1)
+    offsets = torch.cumsum(counts, 0, dtype=torch.int32)
+    product = cast(Any, torch)._grouped_mm
+    rows = product(work.hidden[order // work.choices], work.up.mT, offs=offsets)
+    if work.up_bias is not None:
+        rows = rows.add_(work.up_bias[ids])
+    rows = product(activate(rows, work.activation, work.interleaved), work.down.mT, offs=offsets)
+    if work.down_bias is not None:
+        rows = rows.add_(work.down_bias[ids])
+    rows = rows * work.scale.reshape(-1)[order, None]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel(), device=order.device)
+    out = rows[back].view(work.tokens, work.choices, -1).sum(1, dtype=torch.float32)
+    return out.to(work.hidden.dtype)

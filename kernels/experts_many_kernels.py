@@ -14,8 +14,8 @@ import triton.language as tl
 from .experts_kernels import activated, dot, rounded
 
 
-@triton.jit
-def experts_group(chosen, order, start, P: tl.constexpr, P2: tl.constexpr, EXPERTS: tl.constexpr):
+@triton.jit(do_not_specialize=["P"])
+def experts_group(chosen, order, start, P, P2: tl.constexpr, EXPERTS: tl.constexpr):
     """One expert's pairs, in their order, behind those of the experts before it."""
     expert = tl.program_id(0)
     pairs = tl.arange(0, P2)
@@ -33,7 +33,7 @@ def experts_group(chosen, order, start, P: tl.constexpr, P2: tl.constexpr, EXPER
 def experts_up_many(
     x, order, start, w, bias, act, x_t, w_e, w_n, w_k, w_u, b_e, b_n, b_u,
     K: tl.constexpr, TOKENS: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
+    COLS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
     GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """ROWS activations of one expert, for each of its pairs, TOKENS at a time; kept in the order of the groups."""
@@ -54,9 +54,9 @@ def experts_up_many(
         for c in tl.range(0, HIDDEN, COLS, num_stages=STAGES):
             part = tl.load(inputs + c, mask=here & (cols[None, :] < HIDDEN - c), other=0.0)
             mask = there & (cols[:, None] < HIDDEN - c)
-            g = dot(part, tl.load(gates + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT), g)
+            g = dot(part, tl.load(gates + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first"), g)
             if GATED:
-                u = dot(part, tl.load(gates + w_u + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT), u)
+                u = dot(part, tl.load(gates + w_u + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first"), u)
         if BIAS:
             near = bias + expert.to(tl.int64) * b_e + rows * b_n
             g += tl.load(near, mask=rows < INNER, other=0.0).to(tl.float32)[None, :]
@@ -71,7 +71,7 @@ def experts_up_many(
 def experts_down_many(
     act, order, start, scale, w, bias, part, w_e, w_n, w_k, b_e,
     TOKENS: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    STAGES: tl.constexpr, EVICT: tl.constexpr, BIAS: tl.constexpr,
+    STAGES: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of one expert for each of its pairs, weighted, in float32, at the pair's own place."""
     blocks: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
@@ -90,7 +90,7 @@ def experts_down_many(
         for c in tl.range(0, INNER, COLS, num_stages=STAGES):
             values = tl.load(inputs + c, mask=here & (cols[None, :] < INNER - c), other=0.0)
             mask = there & (cols[:, None] < INNER - c)
-            weight = tl.load(weights + c * w_k, mask=mask, other=0.0, eviction_policy=EVICT)
+            weight = tl.load(weights + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first")
             total = dot(values, weight, total)
         if BIAS:
             near = bias + expert.to(tl.int64) * b_e + rows
