@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from . import store
-from .variants import Variant
 
+Choice = TypeVar("Choice")
+"""Whose text is what is remembered."""
 Launch = TypeVar("Launch", bound=Callable[[Sequence[Tensor]], Any])
 _LAUNCHES, _ROUNDS = 20, 5
 
 
-def choose(key: str, launches: Mapping[Variant, Launch], tensors: Sequence[Tensor]) -> Launch:
+def choose(key: str, launches: Mapping[Choice, Launch], tensors: Sequence[Tensor]) -> Launch:
     """The launch to keep. `tensors` are the kernel's operands; its outputs are overwritten."""
     if len(launches) == 1:
         return next(iter(launches.values()))
@@ -34,9 +35,9 @@ def choose(key: str, launches: Mapping[Variant, Launch], tensors: Sequence[Tenso
     return launches[best]
 
 
-def measure(launches: Mapping[Variant, Launch], tensors: Sequence[Tensor]) -> dict[Variant, float]:
+def measure(launches: Mapping[Choice, Launch], tensors: Sequence[Tensor]) -> dict[Choice, float]:
     """Microseconds per launch of each variant, replayed from a CUDA graph so that the host does not count."""
-    graphs: dict[Variant, torch.cuda.CUDAGraph] = {}
+    graphs: dict[Choice, torch.cuda.CUDAGraph] = {}
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -47,7 +48,7 @@ def measure(launches: Mapping[Variant, Launch], tensors: Sequence[Tensor]) -> di
             for _ in range(_LAUNCHES):
                 launch(tensors)
             graph.capture_end()
-        samples: dict[Variant, list[float]] = {variant: [] for variant in graphs}
+        samples: dict[Choice, list[float]] = {variant: [] for variant in graphs}
         for _ in range(_ROUNDS):
             for variant, graph in graphs.items():
                 start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
