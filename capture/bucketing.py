@@ -70,7 +70,7 @@ def compile_buckets(
     smallest = (1, *(size + 1 for size in options.buckets))
     buckets = [_judged(sizes, *pair, values, options) for pair in zip(options.buckets, smallest, strict=False)]
 
-    pool = _new_pool(options, device) if pool is None else pool
+    pool = new_pool(options, device) if pool is None else pool
     compiled: dict[int, CompiledModel] = {}
     progress.expect(len(buckets))
     for bucket in reversed(buckets):
@@ -107,7 +107,7 @@ def _say_dropped(size: int, error: torch.OutOfMemoryError, device: torch.device)
     )
 
 
-def _new_pool(options: Options, device: torch.device) -> Any:
+def new_pool(options: Options, device: torch.device) -> Any:
     """Memory that graphs share; where nothing is captured, the order of their runs."""
     if options.mode == "none":
         return order_of_runs(device)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..kernels.fuse import FusionReport
-from ..runtime.errors import AuxstreamWarning, CaptureError, RaceError, TraceError
+from ..runtime.errors import AuxstreamWarning, RaceError, TraceError
 from ..runtime.settings import SETTINGS, Verify, parse_overlap
 from .bucketing import compile_buckets
 from .compiled import CompiledModel
@@ -29,10 +29,13 @@ from .inputs import Calls, Padding, StaticInputs
 from .laying import Laying
 from .life import Life
 from .options import Options
+from .phases import Phase, compile_phases, examples_of, phases_of, whole_of
+from .pieces_capture import capture_pieces
 from .policy import Choice, Plan, key_of, measured, remember, remembered, ruled, unmatched, unmeasured
 from .progress import captures
 from .proposals import propose
 from .race import Racing
+from .splitting import keep_whole, ops_of, refuse_unknown
 from .state import preserved
 from .switches import adopt_switches
 from .trace import TracedGraph, trace
@@ -42,7 +45,12 @@ _log: Final = logging.getLogger("auxstream")
 
 
 def compile(
-    model: nn.Module, example_inputs: Any, options: Options | None = None, *, name: str = "model"
+    model: nn.Module,
+    example_inputs: Any,
+    options: Options | None = None,
+    *,
+    prefill: Any = None,
+    name: str = "model",
 ) -> CompiledModel:
     """Compile a model for the shapes of `example_inputs`; with `options.buckets`, for several numbers of rows.
 
@@ -51,42 +59,44 @@ def compile(
         example_inputs: positional arguments as a tuple or list, keyword arguments as a dict, or one tensor. With
             buckets, of the largest, and with rows that differ.
         options: see `Options`; the environment overrides them.
+        prefill: example inputs of a second phase, whose calls have another structure or other fixed sizes; or a pair of
+            a module that runs it, over the same weights and caches, and its example inputs.
         name: for messages and profiles.
 
     Returns:
-        a `CompiledModel`; with buckets, a `BucketedModel`.
+        a `CompiledModel`; with buckets, a `BucketedModel`; with two phases, a `PhasedModel`.
 
     Raises:
         TraceError: the model cannot become one graph (data-dependent control flow, tensors on several devices).
         RaceError: the captured graph is not proved free of races, and `options.verify` is `error`.
-        CaptureError: a mode that is not there yet; or with buckets, if it is not to be found which dimensions count
-            tokens, or if padding would show in results or in what the model writes.
+        CaptureError: a mode of two phases where one is given; names in `split_ops` that no op has; or with buckets, if
+            it is not to be found which dimensions count tokens, or if padding would show in results or in what the
+            model writes.
     """
-    options = (options or Options()).in_force()
-    _refuse_mode(options)
-    static = StaticInputs(example_inputs)
+    phases = phases_of(model, example_inputs, prefill, (options or Options()).in_force())
+    device = _device(whole_of(phases), [leaf for phase in phases for leaf in phase.static.tensors()])
 
     def make(pool: Any) -> tuple[CompiledModel, str]:
-        pipeline = _Pipeline(options, _device(model, static.tensors()), name)
-        with captures(name, pipeline.device, options.progress) as progress:
-            if options.buckets:
-                made = compile_buckets(model, static, options, pipeline.device, pipeline.compile, progress, pool)
-            else:
-                with progress.capturing():
-                    made = pipeline.compile(static, trace(model, static.args, static.kwargs), pool=pool)
-        return made, progress.summary(made)
+        ops: dict[str, str] = {}
+        pieces = [phase for phase in phases if phase.options is not None and phase.options.mode == "piecewise"]
 
-    return Life(model, make, static if options.buckets else None).made()
+        def make_phase(phase: Phase, pool: Any) -> tuple[CompiledModel, str]:
+            options, static = phase.options, phase.static
+            assert options is not None
+            if phase in pieces:
+                pieces.remove(phase)
+            pipeline = _Pipeline(options, device, phase.named(name), ops, () if pieces else options.split_ops)
+            with captures(pipeline.name, device, options.progress) as progress:
+                if options.buckets:
+                    made = compile_buckets(phase.model, static, options, device, pipeline.compile, progress, pool)
+                else:
+                    with progress.capturing():
+                        made = pipeline.compile(static, trace(phase.model, static.args, static.kwargs), pool=pool)
+            return made, progress.summary(made)
 
+        return compile_phases(phases, make_phase, device, pool)
 
-def _refuse_mode(options: Options) -> None:
-    if options.mode not in ("full", "none"):
-        raise CaptureError(
-            f"mode {options.mode!r} is not there yet",
-            expected="'full' (whole graphs) or 'none' (no graphs)",
-            came=repr(options.mode),
-            remedy="compile the decode step with mode='full' and its batch sizes as buckets; run prefill eagerly",
-        )
+    return Life(whole_of(phases), make, examples_of(phases)).made()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +106,10 @@ class _Pipeline:
     options: Options
     device: torch.device
     name: str
+    ops: dict[str, str]
+    """Of all graphs that are split, also of other phases, by every name."""
+    asked: tuple[str, ...]
+    """Names of ops to split at, of which each must be known by now."""
     constants: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """What fusion computed ahead, by name."""
 
@@ -107,6 +121,10 @@ class _Pipeline:
         dump = _Dump(options.dump_dir, "" if padding is None else f"bucket-{padding.size}")
         dump.write("1-traced", traced.graph_module.print_readable(print_output=False))
         _adopt(traced.graph_module)
+        if options.mode == "piecewise":
+            self.ops.update(ops_of(traced.graph_module))
+            refuse_unknown(self.asked, self.ops)
+            keep_whole(traced.graph_module, options.split_ops)
         laying = Laying(traced, options, self.constants)
         written = [*traced.written_tensors(), *static.written(traced)]
         choice = self._choose(static, traced, laying)
@@ -119,7 +137,8 @@ class _Pipeline:
             dump.write("4-regions", laid.module.print_readable(print_output=False))
             try:
                 captured, outputs = self._capture(
-                    lambda module=laid.module: static.apart(module(*static.args, **static.kwargs)),
+                    laid.module,
+                    static,
                     written,
                     self.name if padding is None else f"{self.name}[{padding.size}]",
                     verify="error" if trial else options.verify,
@@ -169,7 +188,8 @@ class _Pipeline:
         def build(plan: Plan) -> CapturedGraph:
             module = laying.lay(plan, laying.trials(plan)[0]).module
             captured, _ = self._capture(
-                lambda: static.apart(module(*static.args, **static.kwargs)),
+                module,
+                static,
                 written,
                 f"{self.name}, {plan}",
                 verify="off",
@@ -181,11 +201,26 @@ class _Pipeline:
         return Racing(build, written, self.device)
 
     def _capture(
-        self, run: Callable[[], Any], mutated: Sequence[Tensor], name: str, *, verify: Verify, warmup: int, pool: Any
+        self,
+        module: GraphModule,
+        static: StaticInputs,
+        mutated: Sequence[Tensor],
+        name: str,
+        *,
+        verify: Verify,
+        warmup: int,
+        pool: Any,
     ) -> tuple[CapturedGraph, Any]:
+        def run() -> Any:
+            return static.apart(module(*static.args, **static.kwargs))
+
         if self.options.mode == "none":
             order = order_of_runs(self.device) if pool is None else pool
             return run_once(run, mutated, self.device, name=name, order=order)
+        if self.options.mode == "piecewise":
+            ops = self.options.split_ops
+            how: dict[str, Any] = {"name": name, "verify": verify, "warmup": warmup, "pool": pool, "split_ops": ops}
+            return capture_pieces(module, static, mutated, self.device, **how)
         return warm_up_and_capture(run, (), mutated, self.device, name=name, verify=verify, warmup=warmup, pool=pool)
 
 

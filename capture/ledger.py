@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from .graphs import CapturedGraph
 from .program import Program
-from .uncaptured import UncapturedGraph
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One bucket (None: a model of one shape): what its capture `added` to the pool, and what it uses of the pool by
-    the stream that allocated it."""
+    """One bucket (None: a model of one shape; text: a phase, and its bucket): what its capture `added` to the pool, and
+    what it uses of the pool by the stream that allocated it."""
 
-    bucket: int | None
+    bucket: int | str | None
     added: int
     streams: Mapping[str, int]
 
@@ -61,17 +61,18 @@ class Ledger:
         return "\n".join(["bytes, by the stream that allocated them", *lines])
 
 
-def ledger(graphs: Mapping[int | None, CapturedGraph], inputs: Iterable[Tensor]) -> Ledger:
+def ledger(graphs: Mapping[Any, CapturedGraph], inputs: Iterable[Tensor]) -> Ledger:
     """`graphs` in the order of their captures, all of one pool."""
     entries: list[Entry] = []
     used: dict[str, list[Span]] = {}
     pool = 0
     for bucket, graph in graphs.items():
-        if isinstance(graph, UncapturedGraph):
+        programs = graph.programs
+        if not programs:
             continue
-        spans = _spans(graph.program)
+        spans = _spans(programs)
         # What the simulated machine says is the size of the pool; a device says what the capture added.
-        added = graph.memory.reserved if graph.program.pool is None else graph.memory.reserved - pool
+        added = graph.memory.reserved if programs[0].pool is None else graph.memory.reserved - pool
         pool += added
         entries.append(Entry(bucket, added, {stream: _bytes(found) for stream, found in spans.items()}))
         for stream, found in spans.items():
@@ -80,17 +81,18 @@ def ledger(graphs: Mapping[int | None, CapturedGraph], inputs: Iterable[Tensor])
     return Ledger(tuple(entries), pool, streams, sum(tensor.nbytes for tensor in inputs))
 
 
-def _name(bucket: int | None) -> str:
-    return "graph" if bucket is None else f"bucket {bucket}"
+def _name(bucket: int | str | None) -> str:
+    return bucket if isinstance(bucket, str) else "graph" if bucket is None else f"bucket {bucket}"
 
 
-def _spans(program: Program) -> dict[str, list[Span]]:
-    """Addresses of the pool that a program uses, by stream."""
+def _spans(programs: Iterable[Program]) -> dict[str, list[Span]]:
+    """Addresses of the pool that programs use, by stream."""
     found: dict[str, list[Span]] = {}
-    for buffer in program.buffers:
-        if buffer.stream is not None:
-            name = program.stream_names.get(buffer.stream, str(buffer.stream))
-            found.setdefault(name, []).append((buffer.address, buffer.address + buffer.nbytes))
+    for program in programs:
+        for buffer in program.buffers:
+            if buffer.stream is not None:
+                name = program.stream_names.get(buffer.stream, str(buffer.stream))
+                found.setdefault(name, []).append((buffer.address, buffer.address + buffer.nbytes))
     return found
 
 

@@ -7,11 +7,11 @@ the compiled model, so nothing keeps a compiled model alive but its user.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..runtime.errors import CaptureError
 from .bindings import Bindings
@@ -19,7 +19,6 @@ from .graphs import CapturedGraph
 
 if TYPE_CHECKING:
     from .compiled import CompiledModel
-    from .inputs import StaticInputs
 
 
 class Life:
@@ -27,11 +26,11 @@ class Life:
     `example`: the inputs whose values `make` needs as they were."""
 
     def __init__(
-        self, model: nn.Module, make: Callable[[Any], tuple[CompiledModel, str]], example: StaticInputs | None = None
+        self, model: nn.Module, make: Callable[[Any], tuple[CompiledModel, str]], example: Sequence[Tensor] = ()
     ) -> None:
         self.model = model
         self._make = make
-        self._example = [] if example is None else [(leaf, leaf.clone()) for leaf in example.tensors()]
+        self._example = [(leaf, leaf.clone()) for leaf in example]
         self._bindings: Bindings | None = None
 
     def made(self, pool: Any = None) -> CompiledModel:

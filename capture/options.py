@@ -33,14 +33,17 @@ class Options:
     """How a model is compiled.
 
     Attributes:
-        mode: `full` captures whole graphs; `none` captures nothing and runs the same steps op by op. The other names
-            that serving users know are not there yet.
+        mode: `full` captures whole graphs; `piecewise` captures pieces, with attention run eagerly between them; `none`
+            captures nothing and runs the same steps op by op. Of a model with a prefill phase, `full_decode_only` runs
+            that phase eagerly, and `full_and_piecewise` captures it in pieces.
         buckets: token counts (batch sizes, in decode) to capture graphs for; the example inputs have the largest. A
             call runs the smallest that holds it, padded. Empty: one graph, of the example's shapes.
         token_dims: by input name, which dimension counts tokens, or None for an input that has none. What is not said
             here is found, where the model leaves no choice.
         pad: by input name, what padded rows hold; by default they repeat the call's last row. A model that writes
             caches needs it, to send what padded rows write to memory that nobody reads.
+        split_ops: ops that pieces are split at besides attention, by name: `mylib.paged_attention`.
+        prefill_buckets: what `buckets` is for the prefill phase.
         copy_outputs: outputs are copies that last. By default they are the graph's own memory, until the next call.
         multi_stream_moe: run branches on auxiliary streams at all.
         overlap: which branches: `*=off,layers.*.shared=on`, region globs of which later ones win, with `on`, `off`,
@@ -73,6 +76,8 @@ class Options:
     pad: Mapping[str, bool | int | float] = field(default_factory=dict[str, bool | int | float])
     copy_outputs: bool = False
     progress: bool | None = None
+    split_ops: tuple[str, ...] = ()
+    prefill_buckets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -93,8 +98,11 @@ class Options:
                 )
         parse_safety(self.fusion_safe, "option fusion_safe")
         parse_overlap(self.overlap, "option overlap")
-        _check_buckets(self.buckets)
-        object.__setattr__(self, "buckets", tuple(sorted(self.buckets)))
+        for name in ("buckets", "prefill_buckets"):
+            _check_buckets(name, getattr(self, name))
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+        _check_ops(self.split_ops)
+        object.__setattr__(self, "split_ops", tuple(self.split_ops))
         _check_names("token_dims", self.token_dims, (int, type(None)), "a dimension, or null")
         _check_names("pad", self.pad, (bool, int, float), "a number")
         if self.dump_dir is not None and not isinstance(self.dump_dir, str | Path):  # pyright: ignore
@@ -141,11 +149,18 @@ class Options:
         )
 
 
-def _check_buckets(buckets: Any) -> None:
+def _check_buckets(option: str, buckets: Any) -> None:
     counts = list(buckets) if isinstance(buckets, tuple | list) else [None]
     if any(type(count) is not int or count < 1 for count in counts) or len(set(counts)) < len(counts):
         raise SettingsError(
-            "malformed option buckets", expected="different integers >= 1, as in [1, 2, 4, 8]", came=repr(buckets)
+            f"malformed option {option}", expected="different integers >= 1, as in [1, 2, 4, 8]", came=repr(buckets)
+        )
+
+
+def _check_ops(names: Any) -> None:
+    if not isinstance(names, tuple | list) or any(type(name) is not str for name in cast("list[Any]", names)):
+        raise SettingsError(
+            "malformed option split_ops", expected="names of ops, as in ['mylib.paged_attention']", came=repr(names)
         )
 
 

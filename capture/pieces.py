@@ -9,11 +9,12 @@ stream, to which every lane has come back when it ends; the host waits for nothi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..runtime import ranges
 from .evidence import Evidence
@@ -52,7 +53,12 @@ class PiecewiseGraph(CapturedGraph):
 
     @property
     def programs(self) -> tuple[Program, ...]:
-        return tuple(_named(piece.program, str(piece.stream)) for piece in self.pieces)
+        pieces = [piece for piece in self.pieces if piece.program.steps and not piece.eager]
+        return tuple(_named(piece.program, str(piece.stream)) for piece in pieces)
+
+    def keep(self, outside: Mapping[int, Tensor]) -> None:
+        """Keep outside memory alive for as long as the step."""
+        self._outside = outside
 
     def _recorded(self) -> Evidence:
         return compose(self.pieces)

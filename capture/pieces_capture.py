@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -71,6 +71,7 @@ def capture_pieces(
         with machine.keeping(mutated, device):
             outputs = capture.run()
         captured = machine.whole(name, capture.pieces, capture.launches, tuple(capture.regions))
+        captured.keep(dict(enumerate(capture.kept.values())))
     report = captured.prove(checked=_checked(mode))
     for observe in OBSERVERS:
         observe(captured)
@@ -164,6 +165,7 @@ class _Capture:
     Attributes:
         pieces, launches: of the parts so far, for the proof and for replays.
         regions: those inside pieces, and those in pieces of their own.
+        kept: outside memory that they read and write, by storage.
     """
 
     def __init__(
@@ -180,6 +182,7 @@ class _Capture:
         self.pieces: list[Piece] = []
         self.launches: list[Launch] = []
         self.regions: dict[str, None] = {}
+        self.kept: dict[int, Tensor] = {}
         self._static = static
         self._split = split
         self._layouts = layouts
@@ -247,6 +250,9 @@ class _Capture:
             if storage_of(tensor) not in self._outside:
                 self._owned.setdefault(storage_of(tensor), (lane, []))[1].append(node)
 
+    def _keep(self, outside: Iterable[Tensor]) -> None:
+        self.kept.update((storage_of(view), view) for view in outside if storage_of(view) in self._outside)
+
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def _graph(self, number: int, part: Part) -> Any:
@@ -277,6 +283,7 @@ class _Capture:
             self._places[node] = place
             self._own(part.lane, node, place)
         self._machine.took(captured, self._owned)
+        self._keep(captured._outside.values())
         self.regions.update(dict.fromkeys(captured.regions))
         works = any(isinstance(step, Op) and step.func not in _ALLOCATIONS for step in captured.program.steps)
         launch = captured.cuda_graph.replay if isinstance(captured, CudaGraph) and works else None
@@ -299,5 +306,6 @@ class _Capture:
         self._values.at.update((node, self._layouts.plain[node]) for node in part.gives if node in self._layouts.plain)
         call = EagerCall(_callable(part), args, kwargs, tuple(results))
         program, outside = declared_program(call, self._layouts.leaves[number], where(part.nodes[0]), part.region)
+        self._keep(outside.values())
         launch = self._machine.launch(call, self._owned)
         self._add(number, part, self._machine.declared(self._title(number), program, outside), launch)

@@ -148,9 +148,13 @@ def op_names(node: Node) -> tuple[str, ...]:
     return (f"higher_order.{target.name()}",) if isinstance(target, HigherOrderOperator) else ()
 
 
-def refuse_unknown(names: Iterable[str], graphs: Sequence[GraphModule]) -> None:
-    """Raises CaptureError for names that no op of the graphs bears."""
-    known = {name: known[0] for gm in graphs for node in gm.graph.nodes for known in [op_names(node)] for name in known}
+def ops_of(gm: GraphModule) -> dict[str, str]:
+    """The ops of a graph: by every name one may be called by, the short one."""
+    return {name: names[0] for node in gm.graph.nodes for names in [op_names(node)] for name in names}
+
+
+def refuse_unknown(names: Iterable[str], known: Mapping[str, str]) -> None:
+    """Raises CaptureError for names that are none of `known`, as `ops_of` gives them."""
     for name in names:
         if _dotted(name) not in known:
             candidates = sorted(set(known.values()), key=lambda op: (op.startswith("aten."), op))
@@ -160,6 +164,13 @@ def refuse_unknown(names: Iterable[str], graphs: Sequence[GraphModule]) -> None:
                 came="a name that none of them has",
                 remedy="correct the name, or take it out",
             )
+
+
+def keep_whole(gm: GraphModule, names: Sequence[str] = ()) -> None:
+    """Keep fusion off the ops that the graph will be split at."""
+    for node in gm.graph.nodes:
+        if splits_at(node, names):
+            node.meta["skip_mlir_fusion"] = True
 
 
 def _dotted(name: str) -> str:

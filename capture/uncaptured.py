@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..runtime.errors import CaptureError
 from .graphs import CapturedGraph
+from .program import Program
 from .proof import Report
 from .state import preserved
 
@@ -62,6 +63,10 @@ class UncapturedGraph(CapturedGraph):
     @property
     def order(self) -> Turns | ReplayOrder:
         return self._turns
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        return ()
 
     @property
     def report(self) -> Report:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from auxstream.capture.schedule import insert_regions
-from auxstream.capture.splitting import Split, module_of, refuse_unknown, split_graph, splits_at
+from auxstream.capture.splitting import Split, module_of, ops_of, refuse_unknown, split_graph, splits_at
 from auxstream.capture.trace import trace
 from auxstream.runtime.errors import CaptureError
 from auxstream.runtime.handoff_ops import REGION_OPS, region_fork, region_join
@@ -171,13 +171,13 @@ def test_ops_that_the_user_lists_are_split_at() -> None:
         assert shape(split) == ["caller graph", "caller eager", "caller graph"]
         eager = split.parts[1]
         assert [node.name for node in eager.gives] == ["getitem"], "the element travels with the op"
-    refuse_unknown(("auxstream_test.paged_attention",), [gm])
+    refuse_unknown(("auxstream_test.paged_attention",), ops_of(gm))
 
 
 def test_a_name_that_no_op_bears_is_refused_with_the_candidates() -> None:
     gm = trace(Stack(Paged()), (torch.randn(ROWS, 8),)).graph_module
     with pytest.raises(CaptureError, match="paged_atention") as refused:
-        refuse_unknown(("mylib.paged_atention",), [gm])
+        refuse_unknown(("mylib.paged_atention",), ops_of(gm))
     assert "one of auxstream_test.paged_attention, aten.linear" in str(refused.value)
 
 
