@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,6 +34,7 @@ from ..capture.graphs import CudaGraph
 from ..capture.huggingface import DecodeStep, build, gemma4_config
 from ..capture.options import Options
 from ..runtime.errors import AuxstreamError
+from . import equality
 from .budget import Clock
 from .costliest import HEADING, costliest
 from .first_replay import first_replays
@@ -228,6 +230,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--architectures" in given:
+        given.remove("--architectures")
+        return equality.main(given)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
@@ -242,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true", help="6 layers, batch 1, few rounds, no first replay")
     parser.add_argument("--limit", type=float, default=560, help="seconds in all")
     parser.add_argument("--json", help="write the figures here")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise AuxstreamError("bench.models measures CUDA graphs", came="no GPU", remedy="try --device cpu --size tiny")
     if options.quick:
@@ -255,4 +261,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(0 if main().get("all passed", True) else 1)

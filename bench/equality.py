@@ -1,0 +1,167 @@
+"""Every architecture's decode step on one stream and on several: the same bits, replay after replay.
+
+    python -m auxstream.bench.models --architectures [--model NAME ...] [--batch B ...] [--replays N] [--part K/N]
+
+Each architecture (tiny, random weights) is traced for each batch size, and captured on one stream and once for each of
+its layouts (bench/layouts.py), in which shared experts and every further branch run on lanes. Each replay draws tokens,
+positions of each row, and a delay for each side of each region, and compares logits and caches with one stream of the
+same kernels. A row of its own compares one stream with itself; one architecture is also captured without a wait, and
+must differ. What does not fit into `--limit` seconds is left out, and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..capture.huggingface import DecodeStep
+from ..capture.trace import TracedGraph, trace
+from ..runtime.errors import AuxstreamError
+from .architectures import MODELS, VOCABULARY
+from .budget import Clock
+from .controls import Fault
+from .harness import write
+from .lab import Fusion, Lab, Row, Variant, compare, repeatable_attention
+from .layouts import Layout, layouts, shared_experts
+
+CONTEXT: Final = 32
+BATCHES: Final = (1, 3, 8)
+CONTROL: Final = "gemma4"
+"""The architecture that is also run with waits taken out."""
+CONTROL_RUNS: Final = 20
+FAULTS: Final[tuple[Fault, ...]] = ("fork wait", "join wait")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One variant of one architecture at one batch size, and how its bits compared."""
+
+    model: str
+    batch: int
+    regions: int
+    row: Row
+
+    def plain(self) -> dict[str, Any]:
+        own = {"model": self.model, "batch": self.batch, "regions": self.regions, "passed": self.row.passed}
+        return {**asdict(self.row), **own}
+
+    def __str__(self) -> str:
+        row = self.row
+        what = f"without {row.control}" if row.control else f"{self.regions} regions" if self.regions else "one stream"
+        verdict = ("corrupt, as it must be" if row.control else "equal") if row.passed else "FAILED"
+        differing = "" if row.passed else "  " + "; ".join(row.differing)
+        return (
+            f"{self.model:18} {self.batch:3} {row.fusion:10} {what:18} {row.equal:5}/{row.runs:<5} "
+            f"{row.checker:24} {verdict}{differing}"
+        )
+
+
+def check(
+    name: str,
+    batch: int,
+    replays: int,
+    device: torch.device,
+    *,
+    fusion: Fusion = "unfused",
+    controls: Sequence[Fault] = (),
+    seed: int = 0,
+) -> list[Case]:
+    """One architecture at one batch size: one stream against itself, every layout, and the controls."""
+    step = DecodeStep(MODELS[name].build(device), batch, CONTEXT)
+    ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+    position = torch.zeros(batch, dtype=torch.int64, device=device)
+    traced = trace(step, (ids, position))
+    cases: list[Case] = []
+    reference: Variant | None = None
+    for number, layout in enumerate(layouts(traced.graph_module)):
+        lab = _lab(traced, layout, ids, position)
+        if reference is None or fusion != "unfused":  # groups end at regions, so other regions are other kernels
+            reference = _one_stream(lab, fusion)
+        made: list[tuple[int, Variant]] = []
+        if number == 0:
+            made.append((0, lab.captured(Row("graph", "one", fusion), replays, aux=False)))
+        if regions := len(layout.regions):
+            made.append((regions, lab.captured(Row("graph", "aux", fusion), replays, aux=True)))
+        compare(lab, reference, [variant for _, variant in made], seed + number)
+        cases += [Case(name, batch, regions, variant.row) for regions, variant in made]
+    if controls:
+        layout = shared_experts(traced.graph_module)  # a stale index of anything else could leave the memory it is for
+        lab = _lab(traced, layout, ids, position)
+        runs = min(replays, CONTROL_RUNS)
+        faulty = [lab.captured(Row("graph", "aux", fusion, fault), runs, aux=True, fault=fault) for fault in controls]
+        compare(lab, _one_stream(lab, fusion), faulty, seed)
+        cases += [Case(name, batch, len(layout.regions), variant.row) for variant in faulty]
+    return cases
+
+
+def _lab(traced: TracedGraph, layout: Layout, ids: Tensor, position: Tensor) -> Lab:
+    marked = replace(traced, graph_module=layout.marked(traced.graph_module))
+    return Lab(marked, ids, position, vocabulary=VOCABULARY, context=CONTEXT)
+
+
+def _one_stream(lab: Lab, fusion: Fusion) -> Variant:
+    """What all are compared with; on the simulated machine, the graph itself."""
+    if lab.gpu:
+        return lab.captured(Row("graph", "one", fusion), 0, aux=False)
+    return lab.eager(Row("eager", "one", fusion), 0, aux=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--replays", type=int, default=1000)
+    parser.add_argument("--fusion", choices=("unfused", "caller", "everywhere"), default="unfused")
+    parser.add_argument("--part", default="1/1", help="K/N: every Nth architecture, from the Kth on")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="100 replays of the smallest batch")
+    parser.add_argument("--limit", type=float, default=560, help="seconds in all")
+    parser.add_argument("--json", help="write the figures here")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise AuxstreamError("CUDA graphs are compared", came="no GPU", remedy="try --device cpu --replays 5")
+    if options.quick:
+        options.replays, options.batch = min(options.replays, 100), options.batch[:1]
+    clock = Clock.of(torch.device(options.device), options.limit)
+    cases: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    errors: dict[str, str] = {}
+    results: dict[str, Any] = {"replays": options.replays, "cases": cases, "left out": left_out, "errors": errors}
+    longest = 0.0
+    with repeatable_attention():
+        for name, batch in _turns(options):
+            if clock.left() < 1.5 * longest + 5:
+                left_out.append(f"{name}, batch {batch}")
+                continue
+            start = time.monotonic()
+            controls = FAULTS if name == CONTROL else ()
+            made: list[Case] = []
+            try:
+                made = check(name, batch, options.replays, clock.device, fusion=options.fusion, controls=controls)
+            except (AuxstreamError, RuntimeError) as error:  # a failure, of this architecture alone
+                errors[f"{name}, batch {batch}"] = f"{type(error).__name__}: {error}"
+                print(f"{name:18} {batch:3} FAILED  {type(error).__name__}: {error}", flush=True)
+            took = time.monotonic() - start
+            longest = max(longest, took)
+            for case in made:
+                print(case, flush=True)
+                cases.append({**case.plain(), "seconds": took})
+            write(options.json, "models", results)
+    failed = [case for case in cases if not case["passed"]]
+    results["all passed"] = bool(cases) and not failed and not left_out and not errors
+    print(f"{len(cases)} comparisons, {len(failed)} failed; errors: {len(errors)}; left out: {left_out}")
+    write(options.json, "models", results)
+    return results
+
+
+def _turns(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    first, _, every = options.part.partition("/")
+    for name in options.model[int(first) - 1 :: int(every)]:
+        for batch in options.batch:
+            yield name, batch
