@@ -60,8 +60,8 @@ class Bindings:
             self.check()
         if not self._slices:
             return
-        turn = self._turn - 1
-        self._turn = turn if turn >= 0 else len(self._slices)
+        turn = self._turn
+        self._turn = (turn + 1) % len(self._slices)
         tables, keys, addresses = self._slices[turn]
         try:
             if [*map(_address, map(_get, tables, keys))] == addresses:

@@ -44,7 +44,7 @@ def auxstream(
 
     Args:
         options: fields of `Options`, and `config`: a YAML file that has them. Outputs are copies unless `copy_outputs`
-            says otherwise: Dynamo may run one graph several times in a step.
+            is False here, not in the file: Dynamo may run one graph several times in a step.
         mode: of torch's own backend; not taken.
 
     Raises SettingsError for options that are none.
@@ -60,9 +60,9 @@ def auxstream(
 
 def _options(given: dict[str, Any]) -> Options:
     config = given.pop("config", None)
-    base = Options(copy_outputs=True) if config is None else Options.from_yaml(Path(config))
+    base = Options() if config is None else Options.from_yaml(Path(config))
     try:
-        return replace(base, **given)
+        return replace(base, **{"copy_outputs": True, **given})
     except TypeError as error:
         raise SettingsError(
             "unknown option of backend 'auxstream'",

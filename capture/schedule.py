@@ -28,7 +28,7 @@ from torch.fx.node import map_arg
 
 from ..kernels.dataflow import Dataflow
 from ..kernels.regions import LAY_AGAIN
-from ..runtime.errors import RegionError
+from ..runtime.errors import CaptureError, RegionError
 from ..runtime.handoff_ops import REGION_OPS, RegionValue, region_enter, region_fork, region_join, region_leave
 from .launch_order import Block, ForkAt, LaunchOrder, Step, launch_order, make_block
 from .mark import MarkedRegion
@@ -67,6 +67,9 @@ class RegionPlan:
             f"{self.name}: {len(self.nodes)} nodes on lane {self.lane}, "
             f"reads {reads}, returns {returns}, records {recorded}"
         )
+
+    def __reduce__(self) -> Any:
+        raise CaptureError(f"region {self.name!r} cannot be pickled or copied", remedy="insert it into the other graph")
 
 
 def insert_regions(
