@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 from auxstream.bench import costliest, equality, memory
 from auxstream.bench.architectures import MODELS
-from auxstream.bench.equality import BATCHES, CONTEXT, FAULTS, check
+from auxstream.bench.equality import BATCHES, CONTEXT, FAULTS, check, check_controls
 from auxstream.bench.lab import Lab, Row, Variant, compare, repeatable_attention
 from auxstream.bench.layouts import Layout, layouts
 from auxstream.capture.branches import find_branches
@@ -60,8 +60,7 @@ def same(cases: list[equality.Case]) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_without_a_wait_bits_differ(device: str) -> None:
-    cases = check("gemma4", 1, 4, torch.device(device), controls=FAULTS)
-    controls = [case for case in cases if case.row.control]
+    controls = check_controls("gemma4", 1, 4, torch.device(device))
     assert [case.row.control for case in controls] == list(FAULTS)
     for case in controls:
         assert case.row.passed, case
