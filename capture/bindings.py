@@ -22,7 +22,7 @@ from torch.nn.modules import module as torch_modules
 
 from ..runtime.errors import CaptureError
 
-AT_ONCE: Final = 64
+AT_ONCE: Final = 16
 """Tensors whose addresses one call compares."""
 
 _every: Final[WeakSet[Bindings]] = WeakSet()

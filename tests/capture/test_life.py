@@ -237,12 +237,17 @@ def test_past_the_interface_of_modules_a_few_calls_see_every_tensor(monkeypatch:
         for _ in range(7):
             bound.glance()
         model.weights[place].data = torch.zeros(2)
-        seen = 0
-        with pytest.raises(CaptureError, match=rf"weights\.{place}'"):
-            for _ in range(3):
-                bound.glance()
-                seen += 1
-        assert seen < 3
+        found = [str(error) for error in map(refusal, [bound] * 3) if error is not None]
+        assert found
+        assert all(f"'weights.{place}'" in text for text in found)
+
+
+def refusal(bound: Bindings) -> CaptureError | None:
+    try:
+        bound.glance()
+    except CaptureError as error:
+        return error
+    return None
 
 
 def test_without_a_look_nothing_is_noticed(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,4 +424,4 @@ def test_on_a_gpu_looking_at_weights_costs_a_call_little() -> None:
     began = time.perf_counter()
     for _ in range(1000):
         bound.glance()
-    assert (time.perf_counter() - began) / 1000 < 10e-6
+    assert (time.perf_counter() - began) / 1000 < 3e-6
