@@ -14,123 +14,17 @@ An index outside the experts reads memory that is not theirs; `checked` asserts,
 from __future__ import annotations
 
 import functools
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
-from ..runtime.errors import CaptureError, InputError
-from . import experts_few as few
-from . import experts_many as many
-from .experts_few import Activation, Work
-from .experts_plan import Plan, default, run, settle
+from ..runtime.errors import InputError
 from .experts_reference import reference
+from .experts_work import Activation, Work, refused, require
 
-ACTIVATIONS: Final = ("silu", "gelu_tanh", "gelu", "relu2")
-MOST_CHOICES: Final = 64
-_FLOATS: Final = (torch.bfloat16, torch.float16, torch.float32)
-_MOST_NUMBERS: Final = 2**31
-"""Numbers in one expert's weight: addresses within it are 32 bits."""
-
-
-def refusal(work: Work) -> str:
-    """Why no form does this; empty if one does. Asks for nothing but shapes, types and devices."""
-    hidden, chosen, up, down, activation = work.hidden, work.chosen, work.up, work.down, work.activation
-    tokens, width, inner, experts = hidden.shape[0], hidden.shape[1], down.shape[2], up.shape[0]
-    outputs = (2 if activation.gated else 1) * inner
-    if not experts or not width or not inner:
-        return f"{experts} experts from {width} over {inner}"
-    for name, tensor, shape in (
-        ("choices", chosen, (tokens, chosen.shape[1])),
-        ("weights of the choices", work.scale, (tokens, chosen.shape[1])),
-        ("a first weight (experts, outputs, inputs)", up, (experts, outputs, width)),
-        ("a second weight (experts, outputs, inputs)", down, (experts, width, inner)),
-        ("a first bias", work.up_bias, (experts, outputs)),
-        ("a second bias", work.down_bias, (experts, width)),
-    ):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            return f"{name} of {tuple(tensor.shape)} where {shape} is needed"
-        if tensor.device != hidden.device:
-            return f"{name} on {tensor.device}, hidden states on {hidden.device}"
-        if tensor is not chosen and tensor.dtype not in _FLOATS:
-            return f"{name} in {tensor.dtype}"
-    if hidden.dtype not in _FLOATS or not hidden.dtype == up.dtype == down.dtype:
-        return f"hidden states in {hidden.dtype} and weights in {up.dtype} and {down.dtype}"
-    if chosen.dtype not in (torch.int64, torch.int32):
-        return f"choices in {chosen.dtype}"
-    if not 1 <= chosen.shape[1] <= MOST_CHOICES:
-        return f"{chosen.shape[1]} choices per token"
-    if max(outputs, inner) * width >= _MOST_NUMBERS:
-        return f"experts of {outputs} x {width} numbers"
-    if activation.name not in ACTIVATIONS or (activation.alpha != 1.0 and activation.name != "silu"):
-        return f"{activation}"
-    return ""
-
-
-class Experts:
-    """What launches; remembers plans by class of tokens and layout of the inputs."""
-
-    def __init__(self) -> None:
-        self._plans: dict[Any, Plan] = {}
-
-    def __call__(self, work: Work) -> Tensor:
-        if not work.tokens:
-            _require(work)
-            return work.hidden.new_empty(work.hidden.shape)
-        if work.pairs > many.MOST_PAIRS and not many.groupable(work):
-            most = max(1, many.MOST_PAIRS // work.choices)
-            return torch.cat([self(part) for part in _cut(work, most)])
-        key = (
-            few.row_class(work.tokens), few.by_pair(work), work.choices, work.hidden.device, work.hidden.stride(0),
-            work.hidden.dtype, work.chosen.dtype, work.scale.dtype, work.up.shape, work.up.stride(), work.down.stride(),
-            work.up_bias is None, work.down_bias is None, work.activation, work.interleaved,
-        )  # fmt: skip
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = self._settle(work)
-        return run(work, plan)
-
-    def _settle(self, work: Work) -> Plan:
-        _require(work)
-        if not work.hidden.is_cuda:
-            return default(work)
-        if torch.cuda.is_current_stream_capturing():
-            raise CaptureError(
-                "moe_experts meets a new layout or number of tokens inside a capture",
-                expected="one it was launched with before: nothing is compiled or timed inside a capture",
-                came=f"{work.tokens} tokens, hidden states with strides {work.hidden.stride()}",
-                remedy="run the graph once with these shapes before capturing it (auxstream.compile does)",
-            )
-        return settle(work, _device_name(work.hidden.device))
-
-
-@functools.cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device).replace(" ", "_")
-
-
-def _cut(work: Work, most: int) -> list[Work]:
-    parts = zip(work.hidden.split(most), work.chosen.split(most), work.scale.split(most), strict=True)
-    rest = (work.up, work.down, work.up_bias, work.down_bias, work.activation, work.interleaved)
-    return [Work(*part, *rest) for part in parts]
-
-
-def _require(work: Work) -> None:
-    if why := refusal(work):
-        raise _refused(why)
-
-
-def _refused(why: str) -> InputError:
-    return InputError(
-        "moe_experts has no form for this",
-        expected="hidden [T, H], chosen and scale [T, K], up [E, 2I, H] (or [E, I, H] without a gate), down "
-        "[E, H, I], or both transposed, all bfloat16, float16 or float32 on one device",
-        came=why,
-        remedy="keep the model's own experts",
-    )
-
+if TYPE_CHECKING:
+    from .experts_plan import Experts
 
 # --- the op -----------------------------------------------------------------------------------------------------------
 
@@ -149,7 +43,7 @@ def _work(
     """A call as kernels take it: weights as [experts, outputs, inputs] wherever they lie, rows side by side."""
     dimensions = [tensor.dim() for tensor in (hidden, chosen, scale, up, down)]
     if dimensions != [2, 2, 2, 3, 3]:
-        raise _refused(f"tensors of {', '.join(map(str, dimensions))} dimensions")
+        raise refused(f"tensors of {', '.join(map(str, dimensions))} dimensions")
     if transposed:
         up, down = up.mT, down.mT
     if hidden.stride(1) != 1:
@@ -163,18 +57,25 @@ def _within(work: Work) -> Tensor:
     return ((work.chosen >= 0) & (work.chosen < work.experts)).all()
 
 
-def _on_cuda(experts: Experts, *arguments: Any) -> Tensor:
+@functools.cache
+def _experts() -> Experts:
+    from .experts_plan import Experts  # imports triton
+
+    return Experts()
+
+
+def _on_cuda(*arguments: Any) -> Tensor:
     *given, checked = arguments
     work = _work(*given)
     if checked:
         torch._assert_async(_within(work), "moe_experts: an index outside the experts")
-    return experts(work)
+    return _experts()(work)
 
 
 def _on_cpu(*arguments: Any) -> Tensor:
     *given, checked = arguments
     work = _work(*given)
-    _require(work)
+    require(work)
     if checked and not _within(work):
         raise InputError(
             "moe_experts was given an index outside the experts",
@@ -187,7 +88,7 @@ def _on_cpu(*arguments: Any) -> Tensor:
 
 def _fake(*arguments: Any) -> Tensor:
     work = _work(*arguments[:-1])
-    _require(work)
+    require(work)
     return work.hidden.new_empty(work.hidden.shape)
 
 
@@ -196,7 +97,7 @@ def moe_experts() -> Any:
     """The op `auxstream::moe_experts`, as its schema says."""
     library = _library()
     library.define(_SCHEMA)
-    library.impl("moe_experts", functools.partial(_on_cuda, Experts()), "CUDA")
+    library.impl("moe_experts", _on_cuda, "CUDA")
     library.impl("moe_experts", _on_cpu, "CPU")
     torch.library.register_fake("auxstream::moe_experts", _fake, lib=library)
     return torch.ops.auxstream.moe_experts.default

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import experts_kernels as kernels
+from .experts_work import Work
 from .variants import next_power_of_two
 
 MOST_FEW: Final = 32
@@ -33,72 +34,6 @@ class Tile:
 
     def __str__(self) -> str:
         return f"{self.rows} x {self.cols}, {self.warps} warps, {self.stages} stages"
-
-
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """act(min(gate, limit)) * (clamp(up, limit) + shift); without a gate, act of the only product.
-
-    `name`: "silu" (x * sigmoid(alpha * x)), "gelu_tanh", "gelu" or "relu2" (the square of relu).
-    """
-
-    name: str = "silu"
-    gated: bool = True
-    alpha: float = 1.0
-    limit: float | None = None
-    shift: float = 0.0
-
-    def constants(self) -> dict[str, Any]:
-        return {
-            "ACT": self.name, "GATED": self.gated, "ALPHA": self.alpha, "LIMIT": self.limit, "SHIFT": self.shift,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One call: what is read, and how it lies."""
-
-    hidden: Tensor
-    """[tokens, hidden], columns side by side"""
-    chosen: Tensor
-    """[tokens, choices], contiguous"""
-    scale: Tensor
-    """[tokens, choices], contiguous"""
-    up: Tensor
-    """[experts, outputs, hidden], as a view: gates and ups, or ups alone"""
-    down: Tensor
-    """[experts, hidden, inner], as a view"""
-    up_bias: Tensor | None
-    """[experts, outputs]"""
-    down_bias: Tensor | None
-    """[experts, hidden]"""
-    activation: Activation
-    interleaved: bool
-    """Whether gates and ups take turns among the outputs, or all gates come first."""
-
-    @property
-    def tokens(self) -> int:
-        return self.hidden.shape[0]
-
-    @property
-    def experts(self) -> int:
-        return self.up.shape[0]
-
-    @property
-    def inner(self) -> int:
-        return self.down.shape[2]
-
-    @property
-    def choices(self) -> int:
-        return self.chosen.shape[1]
-
-    @property
-    def pairs(self) -> int:
-        return self.chosen.numel()
-
-    def gate_strides(self) -> tuple[int, int]:
-        """From one gate to the next, and from a gate to its partner, in outputs."""
-        return (2, 1) if self.interleaved else (1, self.inner)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import experts_many_kernels as kernels
-from .experts_few import Launch, Tile, Work, down_constants, down_strides, either, row_class, up_constants, up_strides
+from .experts_few import Launch, Tile, down_constants, down_strides, either, row_class, up_constants, up_strides
 from .experts_reference import activate
+from .experts_work import Work
 from .variants import next_power_of_two
 
 MOST_PAIRS: Final = 4096

@@ -9,6 +9,7 @@ the others are.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,9 +19,11 @@ from typing import Any, Final, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from ..runtime.errors import CaptureError
 from . import experts_few as few
 from . import experts_many as many
-from .experts_few import Launch, Tile, Work
+from .experts_few import Launch, Tile
+from .experts_work import Work, require
 from .tune import choose
 from .variants import next_power_of_two
 
@@ -227,3 +230,54 @@ def _key(work: Work, device: str) -> str:
         work.up.stride(), work.down.stride(), work.up_bias is None, work.activation, work.interleaved,
     )  # fmt: skip
     return f"moe_experts-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}-{device}"
+
+
+# --- by layout --------------------------------------------------------------------------------------------------------
+
+
+class Experts:
+    """What launches; remembers plans by class of tokens and layout of the inputs."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Any, Plan] = {}
+
+    def __call__(self, work: Work) -> Tensor:
+        if not work.tokens:
+            require(work)
+            return work.hidden.new_empty(work.hidden.shape)
+        if work.pairs > many.MOST_PAIRS and not many.groupable(work):
+            most = max(1, many.MOST_PAIRS // work.choices)
+            return torch.cat([self(part) for part in _cut(work, most)])
+        key = (
+            few.row_class(work.tokens), few.by_pair(work), work.choices, work.hidden.device, work.hidden.stride(0),
+            work.hidden.dtype, work.chosen.dtype, work.scale.dtype, work.up.shape, work.up.stride(), work.down.stride(),
+            work.up_bias is None, work.down_bias is None, work.activation, work.interleaved,
+        )  # fmt: skip
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._settle(work)
+        return run(work, plan)
+
+    def _settle(self, work: Work) -> Plan:
+        require(work)
+        if not work.hidden.is_cuda:
+            return default(work)
+        if torch.cuda.is_current_stream_capturing():
+            raise CaptureError(
+                "moe_experts meets a new layout or number of tokens inside a capture",
+                expected="one it was launched with before: nothing is compiled or timed inside a capture",
+                came=f"{work.tokens} tokens, hidden states with strides {work.hidden.stride()}",
+                remedy="run the graph once with these shapes before capturing it (auxstream.compile does)",
+            )
+        return settle(work, _device_name(work.hidden.device))
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device).replace(" ", "_")
+
+
+def _cut(work: Work, most: int) -> list[Work]:
+    parts = zip(work.hidden.split(most), work.chosen.split(most), work.scale.split(most), strict=True)
+    rest = (work.up, work.down, work.up_bias, work.down_bias, work.activation, work.interleaved)
+    return [Work(*part, *rest) for part in parts]

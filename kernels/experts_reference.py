@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from .experts_few import Activation, Work
+    from .experts_work import Activation, Work
 
 
 def activate(rows: Tensor, activation: Activation, interleaved: bool) -> Tensor:
