@@ -237,7 +237,8 @@ def watch(*graphs: CapturedGraph | CompiledModel) -> Generator[Watch]:
         stack.callback(_one_watch.release)
         made = stack.enter_context(_on_cuda() if torch.cuda.is_available() else _on_nothing())
         for given in graphs:
-            made.add(given if isinstance(given, CapturedGraph) else given.graph)
+            for captured in (given,) if isinstance(given, CapturedGraph) else given.graphs:
+                made.add(captured)
         stack.enter_context(made)
         yield made
 

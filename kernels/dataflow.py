@@ -191,6 +191,9 @@ class _Reader:
                 new = self.fresh(node)
                 fresh, memory = fresh | new, memory | new
             outputs.append(memory)
+        if not writes and not outputs and target.namespace not in ("aten", "prims"):
+            # It is there for what it does besides, as switching streams.
+            return _Effect((), reads=inputs, barrier=True)
         if not writes and not fresh and outputs:
             return _Effect(tuple(outputs))  # A view: another look at memory, which is neither read nor written.
         if accesses.draws_random_numbers(node, target):

@@ -187,6 +187,27 @@ def test_a_callable_without_a_schema_is_a_barrier_and_random_ops_stay_in_order()
     assert flow.storages[doubled] <= flow.storages[barrier], "what it returns may be what it was given"
 
 
+def test_an_op_that_returns_nothing_and_writes_nothing_is_a_barrier() -> None:
+    """A stream switch, say: what it does shows in no tensor, and nothing may pass it."""
+    with torch.library._scoped_library("dataflow_test", "DEF") as library:
+        library.define("switch(int stream) -> ()")
+        library.impl("switch", lambda stream: None, "CompositeExplicitAutograd")
+        gm = trace(Doubled(), (torch.randn(2),)).graph_module
+        doubled, added = (node for node in gm.graph.nodes if node.op == "call_function")
+        with gm.graph.inserting_after(doubled):
+            switch = gm.graph.call_function(torch.ops.dataflow_test.switch.default, (1,))
+            switch.meta["val"] = None
+        flow = Dataflow.of(gm)
+        assert flow.barriers == 1 << flow.index[switch]
+        assert flow.index[doubled] in flow.predecessors[flow.index[switch]]
+        assert flow.index[switch] in flow.predecessors[flow.index[added]]
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 + 1
+
+
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_attention_draws_random_numbers_only_with_dropout(p: float) -> None:
     class Model(nn.Module):
