@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -117,7 +118,9 @@ def mark(gm: GraphModule, regions: Iterable[Region]) -> None:
 
 def copy_of(gm: GraphModule) -> GraphModule:
     """The same graph over the same parameters and buffers."""
-    copied = GraphModule(gm, copy.deepcopy(gm.graph))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its tree specs
+        copied = GraphModule(gm, copy.deepcopy(gm.graph))
     copied.meta = dict(gm.meta)
     return copied
 
