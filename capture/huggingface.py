@@ -42,6 +42,7 @@ _LAYER_MASKS: dict[str, _Sees] = {
         (k <= q) & (k // config.attention_chunk_size == q // config.attention_chunk_size)
     ),
 }
+Experts = Literal["grouped_mm", "auxstream", "auxstream_checked"]
 _Masks = Tensor | dict[str, Tensor | None] | None
 _RECURRENT = ("linear_attention", "conv")
 _REUSES = "dummy"  # transformers' word for a layer that reads another's keys and values
@@ -251,27 +252,36 @@ def gemma4_config(layers: int, size: Literal["tiny", "full"]) -> Any:
 
 
 def build(
-    config: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    config: Any,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    experts: Experts = "grouped_mm",
 ) -> nn.Module:
     """A causal LM of `config` with random weights, made on `device` in eval mode; nothing is downloaded.
 
-    The experts run as grouped matrix products, the form that traces into one graph. The global RNG is left as it was.
+    `experts`: as grouped matrix products, the form of transformers that traces into one graph, or as one op a layer
+    (docs/experts.md). The global RNG is left as it was.
     """
+    if experts != "grouped_mm":
+        from .experts_interface import register
+
+        register()
     place = torch.device(device)
     forked = [place] if place.type == "cuda" else []
     with torch.random.fork_rng(devices=forked), place:
         torch.manual_seed(seed)
         make = transformers.AutoModelForCausalLM.from_config
         # Not `.to(dtype)` afterwards: that would cast rope's float32 frequencies too.
-        model = with_grouped_experts(lambda **how: make(copy.deepcopy(config), dtype=dtype, **how))
+        model = with_grouped_experts(lambda **how: make(copy.deepcopy(config), dtype=dtype, **how), experts)
     return cast(nn.Module, model.eval())
 
 
-def with_grouped_experts(make: Callable[..., Any]) -> Any:
-    """What `make` makes when it is told to run experts as grouped products; models with one way to run them (Llama4)
-    refuse to be told which."""
+def with_grouped_experts(make: Callable[..., Any], experts: Experts = "grouped_mm") -> Any:
+    """What `make` makes when it is told to run experts as grouped products, or so; models with one way to run them
+    (Llama4) refuse to be told which."""
     try:
-        return make(experts_implementation="grouped_mm")
+        return make(experts_implementation=experts)
     except ValueError as error:
         if "experts implementation" not in str(error):
             raise
