@@ -20,6 +20,7 @@ import torch
 from ..runtime import driver
 from ..runtime.errors import CaptureError
 from ..runtime.lanes import LanePool
+from .refusals import refused_by_cuda
 
 
 @functools.cache
@@ -117,14 +118,17 @@ class CudaCapture:
             if error is None:
                 raise CaptureError(
                     "CUDA could not end the capture",
+                    expected="a block whose ops can be captured, with every stream joined back that was forked in it",
                     came=str(end_error).partition("\n")[0],
-                    remedy="an op in the block cannot be captured, or a stream forked in it was not joined back",
+                    remedy="join each region, or let the capture's stream wait for each stream you used",
                 ) from end_error
         else:
             if error is not None:
                 self._graph.reset()
         finally:
             self._restore()
+        if (refused := refused_by_cuda(error)) is not None:
+            raise refused from error
         self.reserved = torch.cuda.memory_reserved(self.device) - self._reserved_before
 
     def _refuse(self, stream: torch.cuda.Stream) -> None:

@@ -96,6 +96,8 @@ class Options:
                 raise SettingsError(
                     f"malformed option {name}", expected="true or false", came=repr(getattr(self, name))
                 )
+        if self.progress is not None and type(self.progress) is not bool:
+            raise SettingsError("malformed option progress", expected="true, false, null", came=repr(self.progress))
         parse_safety(self.fusion_safe, "option fusion_safe")
         parse_overlap(self.overlap, "option overlap")
         for name in ("buckets", "prefill_buckets"):

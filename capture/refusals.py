@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..runtime.errors import CaptureError
 from .signatures import tensors_in
-from .source import host_read, source_line
+from .source import host_read, line_of, source_line
 
 _aten: Final = torch.ops.aten
 _HOST_READS: Final = frozenset({Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__})
@@ -120,6 +120,44 @@ def _reads_values(func: Any, args: tuple[Any, ...]) -> bool:
         masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
         return masked and (func is _aten.index.Tensor or args[2].numel() != 1)
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+
+
+_BY_CUDA: Final = (
+    (
+        ("CUBLAS_STATUS", "CUDNN_STATUS", "cusolver", "cusparse"),
+        "a library sets itself up at its first use, which allocates: run the block once before, on the capture's "
+        "stream (compile's `warmup` does), or leave the op out",
+    ),
+    (
+        ("captur",),
+        "nothing in a capture may wait for the GPU or allocate past torch: no synchronize(), no event or stream query, "
+        "no copy from or to pageable memory, no cudaMalloc of a library's own. Do it before the capture, or between "
+        "replays",
+    ),
+)
+
+
+def refused_by_cuda(error: BaseException | None) -> CaptureError | None:
+    """What CUDA would not capture, with the op that was under way, its line, and what to do; None for another error."""
+    if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+        return None
+    text = str(error)
+    remedy = next((remedy for signs, remedy in _BY_CUDA if any(sign in text for sign in signs)), None)
+    if remedy is None:
+        return None
+    op, line = None, None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == "__torch_dispatch__":
+            op = trace.tb_frame.f_locals.get("func")
+        line = line_of(trace.tb_frame, trace.tb_lineno) or line
+        trace = trace.tb_next
+    return CaptureError(
+        f"CUDA cannot capture {'what runs' if op is None else op}, at {line or 'an unknown line'}",
+        expected="work that is only enqueued",
+        came=text.strip().partition("\n")[0],
+        remedy=remedy,
+    )
 
 
 class NoHostReads(TorchFunctionMode):

@@ -10,6 +10,7 @@ import linecache
 import os
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 import torch
@@ -28,6 +29,11 @@ def source_line() -> str:
     while frame is not None and _is_internal(frame.f_code.co_filename):
         frame = frame.f_back
     return "?" if frame is None else _shown(frame.f_code.co_filename, frame.f_lineno)
+
+
+def line_of(frame: FrameType, number: int) -> str | None:
+    """The same of one frame; None for torch's and auxstream's own."""
+    return None if _is_internal(frame.f_code.co_filename) else _shown(frame.f_code.co_filename, number)
 
 
 @functools.cache

@@ -112,9 +112,11 @@ def test_a_capture_that_cuda_gave_up_leaves_its_pool_usable(x: Tensor, shared: b
     with auxstream.graph(**arguments) as before:
         y = x * 2
     for _ in range(3):
-        with pytest.raises(RuntimeError, match="captur"), auxstream.graph(**arguments):  # noqa: PT012
+        line = r"test_cuda_capture\.py.*torch\.cuda\.synchronize\(\)"
+        with pytest.raises(CaptureError, match=line) as refused, auxstream.graph(**arguments):  # noqa: PT012
             torch.rand(1 << 20, device="cuda")
             torch.cuda.synchronize()
+        assert "no synchronize()" in str(refused.value)
         assert_untouched(x, **arguments)
     before.replay()
     assert torch.equal(y, x * 2)
@@ -144,3 +146,12 @@ def test_failed_captures_keep_no_memory(x: Tensor) -> None:
     for _ in range(5):
         failed()
     assert reserved() == before
+
+
+def test_an_op_that_cuda_refuses_is_named(x: Tensor) -> None:
+    big = torch.randn(300, 300, device="cuda")
+    torch.linalg.eigvalsh(big)
+    with pytest.raises(CaptureError, match=r"test_cuda_capture\.py.*eigvalsh") as refused, auxstream.graph():
+        torch.linalg.eigvalsh(big)
+    assert refused.value.remedy
+    assert_untouched(x)
