@@ -25,8 +25,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ..runtime.errors import CaptureError
-from .arguments import Arguments, Dims
+from ..runtime.errors import CaptureError, InputError
+from .arguments import Dims
 from .bucketing import new_pool
 from .buckets import BucketedModel
 from .compiled import CompiledModel
@@ -173,7 +173,6 @@ class _Form:
         self.positional = len(static.args)
         self.keywords = frozenset(static.kwargs)
         self._static = static
-        self._names = tuple(f"input {number}" for number in range(len(static.leaves)))
         self._dims: Dims = (None,) * len(static.leaves)
         if compiled is not None and compiled.calls.padding is not None:
             self._dims = compiled.calls.padding.inputs
@@ -195,10 +194,22 @@ class _Form:
         fixed = [d for d in range(leaf.dim()) if d != dim] if self.compiled is not None else []
         return all(value.shape[d] == leaf.shape[d] for d in fixed)
 
-    def eager(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The model itself. Raises InputError for arguments of another structure."""
-        Arguments(self._static.leaves, self._static.spec, self._names).leaves(args, kwargs)
-        return self.model(*args, **kwargs)
+    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raises InputError for a call that is not of this phase; sizes are the model's business."""
+        if any(self.distance(args, kwargs)):
+            raise InputError(
+                f"the arguments are not those of {self.title}, nor of another phase",
+                expected=_described(self._static.args, self._static.kwargs),
+                came=_described(args, kwargs),
+                remedy="call it as in the example inputs of one of its phases",
+            )
+
+
+def _described(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    def shown(leaf: Any) -> Any:
+        return f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else leaf
+
+    return str(pytree.tree_map(shown, (args, dict(kwargs))))
 
 
 class PhasedModel(CompiledModel):
@@ -243,13 +254,14 @@ class PhasedModel(CompiledModel):
         form = self._settled.get((len(args), *kwargs)) or self._form(args, kwargs)
         if form.compiled is not None:
             return form.compiled(*args, **kwargs)
+        form.check(args, kwargs)
         with torch.no_grad(), self.graph.order:
-            return form.eager(args, kwargs)
+            return form.model(*args, **kwargs)
 
     def eager(self, *args: Any, **kwargs: Any) -> Any:
         """The model of the call's phase itself, op by op; in the same order among calls."""
         with torch.no_grad(), self.graph.order:
-            return self._form(args, kwargs).eager(args, kwargs)
+            return self._form(args, kwargs).model(*args, **kwargs)
 
     def _form(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Form:
         """The phase of a call, or the one that is nearest."""

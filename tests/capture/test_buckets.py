@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import auxstream
 from auxstream.capture import graphs
 from auxstream.capture.buckets import BucketedModel
-from auxstream.capture.options import MODES, Options
+from auxstream.capture.options import Options
 from auxstream.runtime.errors import AuxstreamWarning, CaptureError, InputError
 
 BUCKETS = (2, 3, 6)
@@ -193,13 +193,6 @@ def test_an_output_of_any_bucket_cannot_be_written_by_another() -> None:
         fast(small)
     with pytest.raises(InputError, match="an output of an earlier call"):
         fast(torch.as_strided(small, (6, 8), (0, 1)))
-
-
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("none", "full")])
-def test_modes_that_are_not_there_yet(mode: Any) -> None:
-    with pytest.raises(CaptureError, match="not there yet") as caught:
-        compiled(lambda m, x: m.linear(x), mode=mode)
-    assert "mode='full'" in caught.value.remedy
 
 
 # --- what buckets share -----------------------------------------------------------------------------------------------
