@@ -1,13 +1,19 @@
-"""The examples: `by_hand.py` as a newcomer runs it, and with the one-line changes it invites."""
+"""The examples: `by_hand.py` as a newcomer runs it, and with the one-line changes it invites; the options in a file."""
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
+import pytest
 import torch
+
+import auxstream
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BY_HAND = EXAMPLES / "by_hand.py"
@@ -76,3 +82,44 @@ def test_the_one_to_verify_raises_nothing_and_is_wrong_at_times() -> None:
     assert not done.stderr
     right = int(done.stdout.removesuffix(" of 100 replays were right\n"))
     assert right < 100 or torch.cuda.is_available(), "a GPU may be lucky; the simulated machine never is"
+
+
+# --- gemma4_moe.yaml --------------------------------------------------------------------------------------------------
+
+YAML = EXAMPLES / "gemma4_moe.yaml"
+
+
+def test_the_file_compiles_a_decode_step() -> None:
+    pytest.importorskip("transformers")
+    from auxstream.capture.huggingface import DecodeStep, build, gemma4_config
+
+    options = auxstream.Options.from_yaml(YAML)
+    assert options == auxstream.Options(multi_stream_moe=True, mlir_elementwise_fusion=True)
+    step = DecodeStep(build(gemma4_config(2, "tiny"), torch.device("cpu")), 1, 16)
+    reference = copy.deepcopy(step)
+    fast = auxstream.compile(step, (torch.tensor([[3]]), torch.tensor([0])), options)
+    assert len(fast.regions) == 2
+    assert fast.fusion is not None
+    assert fast.fusion.fusions
+    with torch.no_grad():
+        for position in range(3):
+            inputs = torch.tensor([[position + 5]]), torch.tensor([position])
+            torch.testing.assert_close(fast(*inputs), reference(*inputs), rtol=2e-2, atol=2e-2)
+
+
+def test_switched_off_in_the_file_there_are_no_regions_and_no_kernels(tmp_path: Path) -> None:
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(YAML.read_text().replace("enabled: true", "enabled: false"))
+    options = auxstream.Options.from_yaml(changed)
+    assert options == auxstream.Options(multi_stream_moe=False, mlir_elementwise_fusion=False)
+
+
+def test_the_comments_name_every_other_option_with_its_default(tmp_path: Path) -> None:
+    named = [line[2:] for line in YAML.read_text().splitlines() if re.match(r"# \w+: ", line)]
+    everything = tmp_path / "everything.yaml"
+    everything.write_text("\n".join(named))
+    assert auxstream.Options.from_yaml(everything) == auxstream.Options()
+    names = {line.partition(":")[0] for line in named}
+    assert names | {"multi_stream_moe", "mlir_elementwise_fusion"} == {
+        field.name for field in fields(auxstream.Options)
+    }
