@@ -6,7 +6,8 @@ Each architecture (tiny, random weights) is traced for each batch size, and capt
 its layouts (bench/layouts.py), in which shared experts and every further branch run on lanes. Each replay draws tokens,
 positions of each row, and a delay for each side of each region, and compares logits and caches with one stream of the
 same kernels. A row of its own compares one stream with itself; one architecture is also captured without a wait, and
-must differ. What does not fit into `--limit` seconds is left out, and named.
+must differ. Where there is a shared expert, prompts of five lengths are compared too (bench/prompts.py). What does not
+fit into `--limit` seconds is left out, and named.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .controls import Fault
 from .harness import write
 from .lab import Fusion, Lab, Row, Variant, compare, repeatable_attention
 from .layouts import Layout, layouts, shared_experts
+from .prompts import check_prompts
 
 CONTEXT: Final = 32
 BATCHES: Final = (1, 3, 8)
@@ -54,10 +56,11 @@ class Case:
     def __str__(self) -> str:
         row = self.row
         what = f"without {row.control}" if row.control else f"{self.regions} regions" if self.regions else "one stream"
+        what = f"prompts, {what}" if row.mode == "prompt" else what
         verdict = ("corrupt, as it must be" if row.control else "equal") if row.passed else "FAILED"
         differing = "" if row.passed else "  " + "; ".join(row.differing)
         return (
-            f"{self.model:18} {self.batch:3} {row.fusion:10} {what:18} {row.equal:5}/{row.runs:<5} "
+            f"{self.model:18} {self.batch:3} {row.fusion:10} {what:20} {row.equal:5}/{row.runs:<5} "
             f"{row.checker:24} {verdict}{differing}"
         )
 
@@ -91,6 +94,12 @@ def check_controls(name: str, batch: int, runs: int, device: torch.device, fusio
     return [Case(name, batch, len(layout.regions), variant.row) for variant in faulty]
 
 
+def prompted(name: str, prompts: int, device: torch.device) -> list[Case]:
+    """An architecture's prompts; nothing where bench/prompts.py has nothing to compare."""
+    found = check_prompts(name, prompts, device)
+    return [] if found is None else [Case(name, 1, *found)]
+
+
 def _traced(name: str, batch: int, device: torch.device) -> tuple[TracedGraph, Tensor, Tensor]:
     step = DecodeStep(MODELS[name].build(device), batch, CONTEXT)
     ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -115,17 +124,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--replays", type=int, default=1000)
+    parser.add_argument("--prompts", type=int, default=200, help="for each architecture; 0 leaves them out")
     parser.add_argument("--fusion", choices=("unfused", "caller", "everywhere"), default="unfused")
     parser.add_argument("--part", default="1/1", help="K/N: every Nth architecture, from the Kth on")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="100 replays of the smallest batch")
+    parser.add_argument("--quick", action="store_true", help="100 replays of the first batch, no prompts")
     parser.add_argument("--limit", type=float, default=560, help="seconds in all")
     parser.add_argument("--json", help="write the figures here")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise AuxstreamError("CUDA graphs are compared", came="no GPU", remedy="try --device cpu --replays 5")
     if options.quick:
-        options.replays, options.batch = min(options.replays, 100), options.batch[:1]
+        options.replays, options.prompts, options.batch = min(options.replays, 100), 0, options.batch[:1]
     clock = Clock.of(torch.device(options.device), options.limit)
     cases: list[dict[str, Any]] = []
     left_out: list[str] = []
@@ -140,7 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             start = time.monotonic()
             made: list[Case] = []
             try:
-                made = check(name, batch, options.replays, clock.device, options.fusion)
+                if options.prompts and batch == options.batch[0]:
+                    made += prompted(name, options.prompts, clock.device)
+                made += check(name, batch, options.replays, clock.device, options.fusion)
                 if name == CONTROL:
                     runs = min(options.replays, CONTROL_RUNS)
                     made += check_controls(name, batch, runs, clock.device, options.fusion)

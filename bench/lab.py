@@ -229,7 +229,7 @@ def compare(
                     continue
                 _draw_delays(variant, draw)
                 got = variant.run(ids, position)
-                variant.flags.append(_differs([expected, *reference.caches], [got, *variant.caches]))
+                variant.flags.append(differs([expected, *reference.caches], [got, *variant.caches]))
                 for mine, right in zip(variant.caches, reference.caches, strict=True):
                     mine.copy_(right)
             done()
@@ -237,14 +237,18 @@ def compare(
         raise AuxstreamError("the reference computes infinities or NaN", remedy="compare a model that computes numbers")
     names = ["logits", *lab.traced.mutated_buffers]
     for variant in variants:
-        row = variant.row
-        flags = torch.stack(variant.flags).cpu()
-        differing = flags.any(1)
-        row.runs = len(flags)
-        row.equal = row.runs - int(differing.sum())
-        for turn in differing.nonzero().flatten().tolist()[:3]:
-            which = [name for name, flag in zip(names, flags[turn].tolist(), strict=True) if flag]
-            row.differing.append(f"replay {turn}: {', '.join(which[:3])}{' ...' if len(which) > 3 else ''}")
+        count_differing(variant.row, variant.flags, names)
+
+
+def count_differing(row: Row, compared: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Fill in a row from what `differs` said of each replay; `names` of what was compared."""
+    flags = torch.stack(list(compared)).cpu()
+    differing = flags.any(1)
+    row.runs = len(flags)
+    row.equal = row.runs - int(differing.sum())
+    for turn in differing.nonzero().flatten().tolist()[:3]:
+        which = [name for name, flag in zip(names, flags[turn].tolist(), strict=True) if flag]
+        row.differing.append(f"replay {turn}: {', '.join(which[:3])}{' ...' if len(which) > 3 else ''}")
 
 
 def _draw_delays(variant: Variant, draw: torch.Generator) -> None:
@@ -259,7 +263,7 @@ def _draw_delays(variant: Variant, draw: torch.Generator) -> None:
     variant.delays.copy_(drawn.pin_memory() if variant.delays.is_cuda else drawn, non_blocking=True)
 
 
-def _differs(expected: Sequence[Tensor], got: Sequence[Tensor]) -> Tensor:
+def differs(expected: Sequence[Tensor], got: Sequence[Tensor]) -> Tensor:
     """Per tensor, whether any bit differs, as a tensor on the device: comparing waits for nothing."""
     return torch.stack([(a.view(torch.uint8) != b.view(torch.uint8)).any() for a, b in zip(expected, got, strict=True)])
 

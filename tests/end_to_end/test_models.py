@@ -11,9 +11,10 @@ import torch
 pytest.importorskip("transformers")
 from auxstream.bench import costliest, equality, memory
 from auxstream.bench.architectures import MODELS
-from auxstream.bench.equality import BATCHES, CONTEXT, FAULTS, check, check_controls
+from auxstream.bench.equality import BATCHES, CONTEXT, FAULTS, check, check_controls, prompted
 from auxstream.bench.lab import Lab, Row, Variant, compare, repeatable_attention
 from auxstream.bench.layouts import Layout, layouts
+from auxstream.bench.prompts import LENGTHS
 from auxstream.capture.branches import find_branches
 from auxstream.capture.evidence import Evidence, Node
 from auxstream.capture.huggingface import DecodeStep
@@ -50,6 +51,20 @@ def test_every_architecture_has_the_same_bits_on_several_streams(name: str, batc
 @pytest.mark.parametrize(("name", "batch"), [("gemma4", 3), ("deepseek_v3", 1)])
 def test_two_architectures_have_the_same_bits_on_the_simulated_machine(name: str, batch: int) -> None:
     same(check(name, batch, 4, CPU))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gemma4", "deepseek_v3", "qwen2_moe", "glm4_moe"])
+def test_prompts_of_every_length_have_the_same_bits_on_several_streams(name: str) -> None:
+    (case,) = prompted(name, 50, torch.device("cuda"))
+    assert case.row.passed, case
+
+
+def test_prompts_have_the_same_bits_on_the_simulated_machine() -> None:
+    (case,) = prompted("afmoe", 5, CPU)
+    assert case.row.passed, case
+    assert case.row.runs == len(LENGTHS)
+    assert prompted("qwen3_next", 5, CPU) == []
 
 
 def same(cases: list[equality.Case]) -> None:
