@@ -13,12 +13,14 @@ tensors, in turn: all of them in a model that has no more, else all within a few
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..runtime.errors import CaptureError
 
@@ -27,7 +29,7 @@ AT_ONCE: Final = 16
 
 _every: Final[WeakSet[Bindings]] = WeakSet()
 _address: Final = Tensor.data_ptr
-_get: Final = dict[str, Any].get
+_get: Final[Callable[[dict[str, Any], str], Any]] = dict[str, Any].get
 
 
 class Bindings:
@@ -94,8 +96,13 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tenso
     for prefix, module in model.named_modules(remove_duplicate=False):
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
-                if tensor is not None:
+                if tensor is not None and _is_plain(tensor):
                     yield f"{prefix}.{key}" if prefix else key, table, key, tensor
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it has an address of its own. A wrapper's parts are not the model's by name."""
+    return tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
 
 
 def _replaced(names: list[str], now: Mapping[str, Tensor]) -> CaptureError:

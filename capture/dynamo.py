@@ -24,6 +24,7 @@ from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
+from torch._guards import CompileContext
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -134,7 +135,7 @@ class _Subgraph:
         self._made: dict[tuple[Any, ...], CompiledModel] = {}
         self._objects: dict[tuple[Any, ...], tuple[int, ...]] = {}
         self._gone: list[Any] = []
-        self._name = f"torch.compile {torch._guards.CompileContext.current_compile_id() or ''}".strip()
+        self._name = f"torch.compile {CompileContext.current_compile_id() or ''}".strip()
         self._bucketed = bool(options.buckets) and self._inputs.symbolic
         self._wants_gradients = any(
             isinstance(leaf, Node) and getattr(leaf.meta.get("example_value"), "requires_grad", False)

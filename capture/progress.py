@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from tqdm import tqdm
@@ -35,7 +35,7 @@ class Progress:
     def __init__(self, name: str, device: torch.device, shown: bool | None) -> None:
         self._name = name
         self._device = device
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
         self._shown = sys.stderr.isatty() if shown is None else shown
         self._started = time.perf_counter()
 

@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import auxstream
-from auxstream.capture import bindings
+from auxstream.capture import bindings, graphs
 from auxstream.capture.allocator import AllocatorModel
 from auxstream.capture.bindings import Bindings
 from auxstream.runtime.errors import CaptureError
@@ -257,6 +258,23 @@ def test_without_a_look_nothing_is_noticed(x: Tensor, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Bindings, "glance", lambda self: None)
     set_parameter(model)
     assert not torch.equal(fast(x), model(x))
+
+
+def test_the_kill_switch_leaves_a_compiled_model_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    from auxstream.capture.huggingface import DecodeStep, build
+
+    step = DecodeStep(build(tiny_models._config("gemma4")), 1, tiny_models.CONTEXT)
+    options = auxstream.Options(mlir_elementwise_fusion=False)
+    assert len(streams_of(auxstream.compile(step, tiny_models.inputs(), options))) == 2
+    monkeypatch.setattr(graphs, "SETTINGS", replace(graphs.SETTINGS, disable=True))
+    fast = auxstream.compile(step, tiny_models.inputs(), options)
+    assert len(streams_of(fast)) == 1
+    assert fast.report.ok
+    assert_equal(fast, step, *tiny_models.inputs())
+
+
+def streams_of(fast: auxstream.CompiledModel) -> set[int]:
+    return {step.stream for step in fast.graph.program.steps}
 
 
 # --- recapture --------------------------------------------------------------------------------------------------------
