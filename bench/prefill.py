@@ -20,8 +20,13 @@ from .budget import Clock
 from .harness import interleave
 from .torch_compile import compiled_by_torch
 
-ONE, TWO, TORCH = "pieces, one stream", "pieces, overlapped", "torch.compile, no graphs"
-OURS: Final = {ONE: Options(mode="piecewise", multi_stream_moe=False), TWO: Options(mode="piecewise")}
+ONE, SHARED, CHOSEN = "pieces, one stream", "pieces, shared experts on a lane", "pieces, as compile chooses"
+TORCH = "torch.compile, no graphs"
+OURS: Final = {
+    ONE: Options(mode="piecewise", multi_stream_moe=False),
+    SHARED: Options(mode="piecewise", overlap="*=off,layers.*.shared=on", fusion_safe="*=1"),
+    CHOSEN: Options(mode="piecewise", fusion_safe="*=1"),
+}
 
 
 def prefill(model: nn.Module, tokens: int, clock: Clock, rounds: int, results: dict[str, Any]) -> None:
@@ -38,11 +43,12 @@ def prefill(model: nn.Module, tokens: int, clock: Clock, rounds: int, results: d
     runs: dict[str, Callable[[], object]] = {}
     for name, options in OURS.items():
         start = time.perf_counter()
-        compiled = compile(step, inputs, options, name=name)
+        compiled = compile(step, inputs, options, name=f"prefill-{tokens}-tokens")
         runs[name] = partial(compiled, *inputs)
         results[f"compile, s: {name}"] = time.perf_counter() - start
-        results[f"memory, bytes: {name}"] = compiled.memory.total
-        print(f"  {name}: compiled in {results[f'compile, s: {name}']:.1f} s", flush=True)
+        results |= {f"memory, bytes: {name}": compiled.memory.total, f"choice: {name}": str(compiled.choice)}
+        print(f"  {name}: {results[f'compile, s: {name}']:.1f} s, {len(compiled.regions)} regions, "
+              f"{compiled.memory.total / 2**20:.1f} MiB; {compiled.choice}", flush=True)  # fmt: skip
     clock.need(60, TORCH)
     runs[TORCH], seconds = compiled_by_torch(step, inputs, "default", clock.left() - 20, caches=("cold",))
     results[f"compile, s: {TORCH}"] = seconds["cold"]
@@ -50,4 +56,4 @@ def prefill(model: nn.Module, tokens: int, clock: Clock, rounds: int, results: d
     for name, timed in figures.items():
         results[f"ms: {name}"] = timed
         ratio = results[f"torch.compile over {name}"] = figures[TORCH].median / timed.median
-        print(f"  {name:30} {timed}   torch.compile takes {ratio:5.3f} of it", flush=True)
+        print(f"  {name:34} {timed}   torch.compile takes {ratio:5.3f} of it", flush=True)
