@@ -60,7 +60,14 @@ def capture_pieces(
     """
     mode = SETTINGS.verify or verify
     split = split_graph(module, split_ops)
-    if SETTINGS.disable:
+    if drawing := split.drawing():
+        warnings.warn(
+            f"step {name!r} runs on one stream, as graphs that draw random numbers may not run side by side: "
+            f"{', '.join(drawing)} would, in pieces",
+            AuxstreamWarning,
+            stacklevel=3,
+        )
+    if SETTINGS.disable or drawing:
         split = split.on_one_stream()
     machine: Machine = Cuda(device, split.lanes, pool) if device.type == "cuda" else Simulated(pool)
     with torch.inference_mode(False), torch.no_grad(), machine:

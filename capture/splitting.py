@@ -10,6 +10,9 @@ Note "regions across parts". A region with no split op between its fork and its 
 Any other is taken apart: its body becomes parts of their own, on a lane, and its fork and join become waits between
 launches. A region that such a fork or join would cut goes the same way, unless these can be moved out of it: a fork
 down past the other's join, a join up to the other's fork. Both only lose a little of what runs side by side.
+
+Note "random numbers on a lane". torch writes a generator's seed and offset to memory of the device right before it
+launches a graph that draws from it, and graphs share that memory: two such graphs may not run side by side.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from ..kernels.accesses import draws_random_numbers
 from ..runtime.errors import CaptureError, RegionError
 from ..runtime.handoff_ops import REGION_OPS, region_enter, region_fork, region_join, region_leave
 
@@ -110,12 +114,22 @@ class Split:
                 users[node] = users.get(node, 0) | 1 << number
         return users
 
+    def drawing(self) -> tuple[str, ...]:
+        """Regions with a graph on a lane that draws random numbers. See the note "random numbers on a lane"."""
+        return tuple(dict.fromkeys(part.region for part in self.parts if part.region and _draws(part)))
+
     def on_one_stream(self) -> Split:
         """The same parts, one after the other."""
         return replace(self, parts=_with_places([replace(p, lane=None, after=()) for p in self.parts]), lanes=0)
 
     def __str__(self) -> str:
         return "\n".join(f"{number:3d} {part}" for number, part in enumerate(self.parts))
+
+
+def _draws(part: Part) -> bool:
+    return part.kind == "graph" and any(
+        isinstance(node.target, OpOverload) and draws_random_numbers(node, node.target) for node in part.nodes
+    )
 
 
 def split_graph(gm: GraphModule, names: Sequence[str] = ()) -> Split:

@@ -47,10 +47,10 @@ class Serving(nn.Module):
         """Decode: ids [B, 1], a position each. Prefill: ids [1, T], a position each, the row, the token that counts."""
         x = self.embed(input_ids)
         q, k, v = self.qkv(x).chunk(3, -1)
-        seen = torch.arange(CONTEXT)[None] <= position[:, None]
+        seen = torch.arange(CONTEXT, device=position.device)[None] <= position[:, None]
         if slot is None:
             count = input_ids.shape[0]
-            rows = torch.arange(count)
+            rows = torch.arange(count, device=position.device)
             self.keys[rows, position], self.values[rows, position] = k[:, 0], v[:, 0]
             keys, values, mask = self.keys[:count], self.values[:count], seen[:, None, None]
         else:

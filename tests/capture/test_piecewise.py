@@ -174,6 +174,17 @@ def test_random_numbers_are_drawn_as_eagerly() -> None:
             assert torch.equal(step.outputs, step.reference(*step.static.args))
 
 
+def test_a_region_that_draws_is_not_launched_beside_others() -> None:
+    model = Parallel()
+    model.mlp = nn.Sequential(model.mlp, nn.Dropout(0.5))
+    graph = traced(model, (".mlp", "mlp"))
+    with pytest.warns(AuxstreamWarning, match="may not run side by side: mlp would"):
+        step = Step(model, graph)
+    assert {piece.stream for piece in step.graph.pieces} == {"caller"}
+    quiet = Step(model.eval(), traced(model.eval(), (".mlp", "mlp")))
+    assert {piece.stream for piece in quiet.graph.pieces} == {"caller", "launch lane0"}
+
+
 # --- what keeps it right, and what goes wrong without -----------------------------------------------------------------
 
 
