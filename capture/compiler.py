@@ -35,7 +35,7 @@ from .policy import Choice, Plan, key_of, measured, remember, remembered, ruled,
 from .progress import captures
 from .proposals import propose
 from .race import Racing
-from .splitting import keep_whole, ops_of, refuse_unknown
+from .split_ops import keep_whole, ops_of, refuse_unknown
 from .state import preserved
 from .switches import adopt_switches
 from .trace import TracedGraph, trace

@@ -11,7 +11,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from auxstream.capture.schedule import insert_regions
-from auxstream.capture.splitting import Split, module_of, ops_of, refuse_unknown, split_graph, splits_at
+from auxstream.capture.split_ops import ops_of, refuse_unknown, splits_at
+from auxstream.capture.splitting import Split, module_of, split_graph
 from auxstream.capture.trace import trace
 from auxstream.runtime.errors import CaptureError
 from auxstream.runtime.handoff_ops import REGION_OPS, region_fork, region_join
