@@ -130,7 +130,7 @@ def up_few(work: Work, act: Tensor, tile: Tile) -> Launch:
     tensors = (work.hidden, work.chosen, work.up, either(work.up_bias, work.up), act)
     programs = slots * -(-work.inner // tile.rows)
     numbers = (work.tokens, work.hidden.stride(0), *up_strides(work))
-    options = up_constants(work, tile) | found | {"STAGES": tile.stages}
+    options = up_constants(work, tile) | found | {"STAGES": tile.stages, "TURNS": work.turns}
     return Launch(kernels.experts_up_few, programs, (*tensors, *numbers), options)
 
 

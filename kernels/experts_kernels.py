@@ -133,6 +133,81 @@ def experts_down_one(
     tl.store(out + rows, rounded(value, out.dtype.element_ty), mask=rows < HIDDEN)
 
 
+# --- several tokens of one expert -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def product(
+    total, inputs, here, weights, first, w_n, w_k, N, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """total + inputs @ rows of weights, from `first` on and below N."""
+    rows, cols = first + tl.arange(0, ROWS), tl.arange(0, COLS)
+    near = weights + rows[None, :] * w_n + cols[:, None] * w_k
+    for c in tl.range(0, WIDTH, COLS, num_stages=STAGES):
+        part = tl.load(inputs + (c + cols)[None, :], mask=here & (cols[None, :] < WIDTH - c), other=0.0)
+        mask = (rows[None, :] < N) & (cols[:, None] < WIDTH - c)
+        total = dot(part, tl.load(near + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first"), total)
+    return total
+
+
+@triton.jit
+def two_products(
+    g, u, inputs, here, weights, first, w_n, w_k, w_u, N, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same with two weights, `w_u` apart, over one pass of the inputs."""
+    rows, cols = first + tl.arange(0, ROWS), tl.arange(0, COLS)
+    near = weights + rows[None, :] * w_n + cols[:, None] * w_k
+    for c in tl.range(0, WIDTH, COLS, num_stages=STAGES):
+        part = tl.load(inputs + (c + cols)[None, :], mask=here & (cols[None, :] < WIDTH - c), other=0.0)
+        mask = (rows[None, :] < N) & (cols[:, None] < WIDTH - c)
+        g = dot(part, tl.load(near + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first"), g)
+        u = dot(part, tl.load(near + w_u + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first"), u)
+    return g, u
+
+
+@triton.jit
+def inner_values(
+    inputs, here, weights, bias, first, w_n, w_k, w_u, b_n, b_u,
+    TOKENS: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STAGES: tl.constexpr, TURNS: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    """ROWS activations of one expert for each row at `inputs`. TURNS: gates and ups lie in turns, and are read as one."""
+    g = tl.zeros([TOKENS, ROWS], tl.float32)
+    u = tl.zeros([TOKENS, ROWS], tl.float32)
+    if TURNS:
+        both = tl.zeros([TOKENS, 2 * ROWS], tl.float32)
+        both = product(both, inputs, here, weights, 2 * first, w_u, w_k, 2 * INNER, HIDDEN, 2 * ROWS, COLS, STAGES)
+        g, u = tl.split(tl.reshape(both, [TOKENS, ROWS, 2]))
+    elif GATED:
+        g, u = two_products(g, u, inputs, here, weights, first, w_n, w_k, w_u, INNER, HIDDEN, ROWS, COLS, STAGES)
+    else:
+        g = product(g, inputs, here, weights, first, w_n, w_k, INNER, HIDDEN, ROWS, COLS, STAGES)
+    if BIAS:
+        rows = first + tl.arange(0, ROWS)
+        g += tl.load(bias + rows * b_n, mask=rows < INNER, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            u += tl.load(bias + rows * b_n + b_u, mask=rows < INNER, other=0.0).to(tl.float32)[None, :]
+    return activated(g, u, ACT, GATED, ALPHA, LIMIT, SHIFT)
+
+
+@triton.jit
+def outer_values(
+    inputs, here, weights, bias, first, w_n, w_k,
+    TOKENS: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STAGES: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """ROWS outputs of one expert for each of the rows at `inputs`."""
+    total = tl.zeros([TOKENS, ROWS], tl.float32)
+    total = product(total, inputs, here, weights, first, w_n, w_k, HIDDEN, INNER, ROWS, COLS, STAGES)
+    if BIAS:
+        rows = first + tl.arange(0, ROWS)
+        total += tl.load(bias + rows, mask=rows < HIDDEN, other=0.0).to(tl.float32)[None, :]
+    return total
+
+
 # --- a few tokens -----------------------------------------------------------------------------------------------------
 
 
@@ -175,37 +250,24 @@ def experts_up_few(
     x, chosen, w, bias, act, T, x_t, w_e, w_n, w_k, w_u, b_e, b_n, b_u,
     K: tl.constexpr, K2: tl.constexpr, P2: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
-    BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    SHIFT: tl.constexpr,
+    TURNS: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """ROWS activations of one expert, for each of its tokens."""
     blocks: tl.constexpr = (INNER + ROWS - 1) // ROWS
-    program = tl.program_id(0)
-    expert = _first_use(chosen, program // blocks, T * K, PAIRS, P2)
+    expert = _first_use(chosen, tl.program_id(0) // blocks, T * K, PAIRS, P2)
     if expert >= 0:
+        first = (tl.program_id(0) % blocks) * ROWS
         choice = _mine(chosen, expert, T, K, K2, TOKENS)
-        rows = (program % blocks) * ROWS + tl.arange(0, ROWS)
-        tokens, cols = tl.arange(0, TOKENS), tl.arange(0, COLS)
+        tokens, rows = tl.arange(0, TOKENS), first + tl.arange(0, ROWS)
         here = (choice < K)[:, None]
-        there = rows[None, :] < INNER
-        gates = w + expert.to(tl.int64) * w_e + rows[None, :] * w_n + cols[:, None] * w_k
-        inputs = x + tokens[:, None] * x_t + cols[None, :]
-        g = tl.zeros([TOKENS, ROWS], tl.float32)
-        u = tl.zeros([TOKENS, ROWS], tl.float32)
-        for c in tl.range(0, HIDDEN, COLS, num_stages=STAGES):
-            part = tl.load(inputs + c, mask=here & (cols[None, :] < HIDDEN - c), other=0.0)
-            mask = there & (cols[:, None] < HIDDEN - c)
-            g = dot(part, tl.load(gates + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first"), g)
-            if GATED:
-                u = dot(part, tl.load(gates + w_u + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first"), u)
-        if BIAS:
-            near = bias + expert.to(tl.int64) * b_e + rows * b_n
-            g += tl.load(near, mask=rows < INNER, other=0.0).to(tl.float32)[None, :]
-            if GATED:
-                u += tl.load(near + b_u, mask=rows < INNER, other=0.0).to(tl.float32)[None, :]
-        value = activated(g, u, ACT, GATED, ALPHA, LIMIT, SHIFT)
+        value = inner_values(
+            x + tokens[:, None] * x_t, here, w + expert.to(tl.int64) * w_e, bias + expert.to(tl.int64) * b_e, first,
+            w_n, w_k, w_u, b_n, b_u, TOKENS, HIDDEN, INNER, ROWS, COLS, STAGES, TURNS, BIAS, ACT, GATED, ALPHA, LIMIT,
+            SHIFT,
+        )  # fmt: skip
         at = act + (tokens * K + choice)[:, None] * INNER + rows[None, :]
-        tl.store(at, rounded(value, act.dtype.element_ty), mask=here & there)
+        tl.store(at, rounded(value, act.dtype.element_ty), mask=here & (rows[None, :] < INNER))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -217,28 +279,19 @@ def experts_down_few(
 ):  # fmt: skip
     """ROWS outputs of one expert for each of its tokens, weighted, in float32."""
     blocks: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
-    program = tl.program_id(0)
-    expert = _first_use(chosen, program // blocks, T * K, PAIRS, P2)
+    expert = _first_use(chosen, tl.program_id(0) // blocks, T * K, PAIRS, P2)
     if expert >= 0:
+        first = (tl.program_id(0) % blocks) * ROWS
         choice = _mine(chosen, expert, T, K, K2, TOKENS)
-        rows = (program % blocks) * ROWS + tl.arange(0, ROWS)
-        tokens, cols = tl.arange(0, TOKENS), tl.arange(0, COLS)
+        pairs, rows = tl.arange(0, TOKENS) * K + choice, first + tl.arange(0, ROWS)
         here = (choice < K)[:, None]
-        there = rows[None, :] < HIDDEN
-        weights = w + expert.to(tl.int64) * w_e + rows[None, :] * w_n + cols[:, None] * w_k
-        inputs = act + (tokens * K + choice)[:, None] * INNER + cols[None, :]
-        total = tl.zeros([TOKENS, ROWS], tl.float32)
-        for c in tl.range(0, INNER, COLS, num_stages=STAGES):
-            values = tl.load(inputs + c, mask=here & (cols[None, :] < INNER - c), other=0.0)
-            mask = there & (cols[:, None] < INNER - c)
-            weight = tl.load(weights + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first")
-            total = dot(values, weight, total)
-        if BIAS:
-            near = bias + expert.to(tl.int64) * b_e + rows
-            total += tl.load(near, mask=rows < HIDDEN, other=0.0).to(tl.float32)[None, :]
+        total = outer_values(
+            act + pairs[:, None] * INNER, here, w + expert.to(tl.int64) * w_e, bias + expert.to(tl.int64) * b_e, first,
+            w_n, w_k, TOKENS, HIDDEN, INNER, ROWS, COLS, STAGES, BIAS,
+        )  # fmt: skip
         share = _share(chosen, scale, expert, T, K, K2, TOKENS)
-        at = part + (tokens * K + choice)[:, None] * HIDDEN + rows[None, :]
-        tl.store(at, total * share[:, None], mask=here & there)
+        at = part + pairs[:, None] * HIDDEN + rows[None, :]
+        tl.store(at, total * share[:, None], mask=here & (rows[None, :] < HIDDEN))
 
 
 @triton.jit

@@ -36,7 +36,9 @@ def up_many(work: Work, order: Tensor, start: Tensor, act: Tensor, tile: Tile, t
     """The first product, `tokens` pairs at a time."""
     tensors = (work.hidden, order, start, work.up, either(work.up_bias, work.up), act)
     programs = work.experts * -(-work.inner // tile.rows)
-    options = up_constants(work, tile) | {"K": work.choices, "TOKENS": tokens, "STAGES": tile.stages}
+    options = up_constants(work, tile) | {
+        "K": work.choices, "TOKENS": tokens, "STAGES": tile.stages, "TURNS": work.turns,
+    }  # fmt: skip
     strides = (work.hidden.stride(0), *up_strides(work))
     return Launch(kernels.experts_up_many, programs, (*tensors, *strides), options)
 
@@ -58,8 +60,7 @@ def groupable(work: Work) -> bool:
 def grouped(work: Work) -> Tensor:
     """By torch's grouped product, sorted as models do it; every step in torch ops, rounded to the model's type."""
     ids, order = torch.sort(work.chosen.reshape(-1))
-    counts = torch.histc(ids.int(), bins=work.experts, min=0, max=work.experts - 1)
-    offsets = torch.cumsum(counts, 0, dtype=torch.int32)
+    offsets = torch.searchsorted(ids, torch.arange(work.experts, device=ids.device), right=True, out_int32=True)
     product = cast(Any, torch)._grouped_mm
     rows = product(work.hidden[order // work.choices], work.up.mT, offs=offsets)
     if work.up_bias is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .experts_kernels import activated, dot, rounded
+from .experts_kernels import inner_values, outer_values, rounded
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -33,38 +33,25 @@ def experts_group(chosen, order, start, P, P2: tl.constexpr, EXPERTS: tl.constex
 def experts_up_many(
     x, order, start, w, bias, act, x_t, w_e, w_n, w_k, w_u, b_e, b_n, b_u,
     K: tl.constexpr, TOKENS: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
+    COLS: tl.constexpr, STAGES: tl.constexpr, TURNS: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
     GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """ROWS activations of one expert, for each of its pairs, TOKENS at a time; kept in the order of the groups."""
     blocks: tl.constexpr = (INNER + ROWS - 1) // ROWS
-    expert = tl.program_id(0) // blocks
-    rows = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, COLS)
-    there = rows[None, :] < INNER
-    gates = w + expert.to(tl.int64) * w_e + rows[None, :] * w_n + cols[:, None] * w_k
+    expert = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks) * ROWS
+    rows = first + tl.arange(0, ROWS)
     begin, end = tl.load(start + expert), tl.load(start + expert + 1)
     for tile in tl.range(begin, end, TOKENS, num_stages=1):
         places = tile + tl.arange(0, TOKENS)
         tokens = tl.load(order + places, mask=places < end, other=0) // K
         here = (places < end)[:, None]
-        inputs = x + tokens[:, None] * x_t + cols[None, :]
-        g = tl.zeros([TOKENS, ROWS], tl.float32)
-        u = tl.zeros([TOKENS, ROWS], tl.float32)
-        for c in tl.range(0, HIDDEN, COLS, num_stages=STAGES):
-            part = tl.load(inputs + c, mask=here & (cols[None, :] < HIDDEN - c), other=0.0)
-            mask = there & (cols[:, None] < HIDDEN - c)
-            g = dot(part, tl.load(gates + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first"), g)
-            if GATED:
-                u = dot(part, tl.load(gates + w_u + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first"), u)
-        if BIAS:
-            near = bias + expert.to(tl.int64) * b_e + rows * b_n
-            g += tl.load(near, mask=rows < INNER, other=0.0).to(tl.float32)[None, :]
-            if GATED:
-                u += tl.load(near + b_u, mask=rows < INNER, other=0.0).to(tl.float32)[None, :]
-        value = activated(g, u, ACT, GATED, ALPHA, LIMIT, SHIFT)
+        value = inner_values(
+            x + tokens[:, None] * x_t, here, w + expert * w_e, bias + expert * b_e, first, w_n, w_k, w_u, b_n, b_u,
+            TOKENS, HIDDEN, INNER, ROWS, COLS, STAGES, TURNS, BIAS, ACT, GATED, ALPHA, LIMIT, SHIFT,
+        )  # fmt: skip
         at = act + places[:, None] * INNER + rows[None, :]
-        tl.store(at, rounded(value, act.dtype.element_ty), mask=here & there)
+        tl.store(at, rounded(value, act.dtype.element_ty), mask=here & (rows[None, :] < INNER))
 
 
 @triton.jit
@@ -75,25 +62,18 @@ def experts_down_many(
 ):  # fmt: skip
     """ROWS outputs of one expert for each of its pairs, weighted, in float32, at the pair's own place."""
     blocks: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
-    expert = tl.program_id(0) // blocks
-    rows = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, COLS)
-    there = rows[None, :] < HIDDEN
-    weights = w + expert.to(tl.int64) * w_e + rows[None, :] * w_n + cols[:, None] * w_k
+    expert = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks) * ROWS
+    rows = first + tl.arange(0, ROWS)
     begin, end = tl.load(start + expert), tl.load(start + expert + 1)
     for tile in tl.range(begin, end, TOKENS, num_stages=1):
         places = tile + tl.arange(0, TOKENS)
         pairs = tl.load(order + places, mask=places < end, other=0)
         here = (places < end)[:, None]
-        inputs = act + places[:, None] * INNER + cols[None, :]
-        total = tl.zeros([TOKENS, ROWS], tl.float32)
-        for c in tl.range(0, INNER, COLS, num_stages=STAGES):
-            values = tl.load(inputs + c, mask=here & (cols[None, :] < INNER - c), other=0.0)
-            mask = there & (cols[:, None] < INNER - c)
-            weight = tl.load(weights + c * w_k, mask=mask, other=0.0, eviction_policy="evict_first")
-            total = dot(values, weight, total)
-        if BIAS:
-            near = bias + expert.to(tl.int64) * b_e + rows
-            total += tl.load(near, mask=rows < HIDDEN, other=0.0).to(tl.float32)[None, :]
+        total = outer_values(
+            act + places[:, None] * INNER, here, w + expert * w_e, bias + expert * b_e, first, w_n, w_k,
+            TOKENS, HIDDEN, INNER, ROWS, COLS, STAGES, BIAS,
+        )  # fmt: skip
         share = tl.load(scale + pairs, mask=places < end, other=0.0).to(tl.float32)
-        tl.store(part + pairs[:, None] * HIDDEN + rows[None, :], total * share[:, None], mask=here & there)
+        at = part + pairs[:, None] * HIDDEN + rows[None, :]
+        tl.store(at, total * share[:, None], mask=here & (rows[None, :] < HIDDEN))

@@ -82,9 +82,14 @@ class Work:
     def pairs(self) -> int:
         return self.chosen.numel()
 
+    @property
+    def turns(self) -> bool:
+        """Whether gates and ups take turns: without a gate there is nothing to take turns with."""
+        return self.interleaved and self.activation.gated
+
     def gate_strides(self) -> tuple[int, int]:
         """From one gate to the next, and from a gate to its partner, in outputs."""
-        return (2, 1) if self.interleaved else (1, self.inner)
+        return (2, 1) if self.turns else (1, self.inner)
 
 
 def refusal(work: Work) -> str:
