@@ -82,9 +82,9 @@ def product_one(
     ups = ()
     for c in tl.static_range(0, K, COLS):
         mask = there if c + COLS <= K else there & (cols[None, :] < K - c)
-        gates = gates + (tl.load(weights + from_here + c, mask=mask, other=0.0, eviction_policy="evict_first"),)
+        gates = gates + (tl.load(weights + from_here + c, mask=mask, other=0.0, eviction_policy="evict_first"),)  # noqa: RUF005
         if ACT is not None:
-            ups = ups + (tl.load(w1 + ups_from_here + c, mask=mask, other=0.0, eviction_policy="evict_first"),)
+            ups = ups + (tl.load(w1 + ups_from_here + c, mask=mask, other=0.0, eviction_policy="evict_first"),)  # noqa: RUF005
     if AHEAD:
         tl.debug_barrier()  # behind which no load is moved
     g = tl.zeros([ROWS, COLS], tl.float32)
@@ -167,7 +167,7 @@ def product_sum(
     mine = part + token * width + _of(block, e0, e1, e2, 0, n0, n0 + n1, n0 + n1 + n2) + rows
     g = tl.zeros([ROWS], tl.float32)
     u = tl.zeros([ROWS], tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         g += tl.load(mine + split * T * width, mask=rows < n, other=0.0)
         if ACT is not None:
             u += tl.load(mine + split * T * width + n0, mask=rows < n, other=0.0)
