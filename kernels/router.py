@@ -121,7 +121,14 @@ def refusal(given: Tensors, rules: Rules) -> str:
 
 def reference(given: Tensors, rules: Rules) -> tuple[Tensor, Tensor]:
     """The router by torch, rounded where eager rounds."""
-    x, weight = given.hidden, given.weight
+    scores = scored(given, rules)
+    index = chosen(scores, given, rules)
+    return index, weighed(scores, index, given, rules)
+
+
+def logits(given: Tensors, rules: Rules) -> Tensor:
+    """The product [T, E], of the type it is computed in."""
+    x = given.hidden
     if rules.eps is not None:
         wide = x.float()
         x = (wide * (wide.pow(2).mean(-1, keepdim=True) + rules.eps).pow(-0.5)).to(x.dtype)
@@ -129,22 +136,45 @@ def reference(given: Tensors, rules: Rules) -> tuple[Tensor, Tensor]:
         x = x * given.scale
     if rules.factor != 1.0:
         x = x * rules.factor
-    logits = functional.linear(x.to(rules.product), weight.to(rules.product))
-    scores = logits.softmax(-1, dtype=torch.float32) if rules.softmax else logits.float().sigmoid()
+    return functional.linear(x.to(rules.product), given.weight.to(rules.product))
+
+
+def scored(given: Tensors, rules: Rules) -> Tensor:
+    """Scores [T, E], in float32."""
+    product = logits(given, rules)
+    return product.softmax(-1, dtype=torch.float32) if rules.softmax else product.float().sigmoid()
+
+
+def best_of_groups(choice: Tensor, rules: Rules) -> Tensor:
+    """What groups are ranked by [T, groups]: the sum of each one's two best."""
+    return choice.unflatten(1, (rules.groups, -1)).topk(2).values.sum(-1)
+
+
+def choices(scores: Tensor, given: Tensors, rules: Rules) -> Tensor:
+    """What experts are chosen by [T, E]: -inf outside the best groups."""
     choice = scores if given.bias is None else scores + given.bias
     if rules.kept < rules.groups:
-        grouped = choice.view(len(choice), rules.groups, weight.shape[0] // rules.groups)
-        best = grouped.topk(2).values.sum(-1).sort(descending=True, stable=True).indices
+        best = best_of_groups(choice, rules).sort(descending=True, stable=True).indices
         outside = torch.ones_like(best, dtype=torch.bool).scatter(1, best[:, : rules.kept], False)
+        grouped = choice.unflatten(1, (rules.groups, -1))
         choice = grouped.masked_fill(outside[..., None], float("-inf")).flatten(1)
-    index = choice.sort(descending=True, stable=True).indices[:, : rules.top_k].contiguous()
+    return choice
+
+
+def chosen(scores: Tensor, given: Tensors, rules: Rules) -> Tensor:
+    order = choices(scores, given, rules).sort(descending=True, stable=True).indices
+    return order[:, : rules.top_k].contiguous()
+
+
+def weighed(scores: Tensor, index: Tensor, given: Tensors, rules: Rules) -> Tensor:
+    """The weights of the experts in `index`."""
     weights = scores.gather(1, index)
     if rules.renormalised:
         weights = weights / (weights.sum(-1, keepdim=True) + rules.smallest)
     weights = weights * rules.routed_scale
     if given.expert_scale is not None:
         weights = weights * given.expert_scale[index]
-    return index, weights.to(rules.out)
+    return weights.to(rules.out)
 
 
 def fake(given: Tensors, rules: Rules) -> tuple[Tensor, Tensor]:
