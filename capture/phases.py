@@ -180,7 +180,7 @@ class _Form:
     def distance(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """How far a call is from one of this phase: another structure, leaves that do not fit."""
         leaves = self._static.leaves
-        order = self._static.kwargs if self.keywords == kwargs.keys() else kwargs  # keywords come in any order
+        order = self._static.kwargs if self.keywords == set(kwargs) else kwargs  # keywords come in any order
         given, spec = pytree.tree_flatten((args, {name: kwargs[name] for name in order}))
         if spec != self._static.spec:
             return 1, abs(len(given) - len(leaves))
@@ -265,7 +265,7 @@ class PhasedModel(CompiledModel):
 
     def _form(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Form:
         """The phase of a call, or the one that is nearest."""
-        alike = [form for form in self._forms if form.positional == len(args) and form.keywords == kwargs.keys()]
+        alike = [form for form in self._forms if form.positional == len(args) and form.keywords == set(kwargs)]
         if len(alike) == 1:
             self._settled[len(args), *kwargs] = alike[0]
             return alike[0]

@@ -232,3 +232,32 @@ def test_modes_agree_with_the_model(mode: Any) -> None:
             given = [leaf.cuda() for leaf in step]
             torch.testing.assert_close(fast(*given), reference(*given), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.keys[:, :-1], reference.keys[:, :-1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_real_model_in_pieces_gives_the_bits_of_its_whole_graphs() -> None:
+    pytest.importorskip("transformers")
+    from auxstream.capture import huggingface
+
+    context, batch = 32, 4
+    outputs: dict[str, list[Tensor]] = {}
+    for mode in ("full", "full_and_piecewise"):
+        step = huggingface.DecodeStep(huggingface.build(huggingface.gemma4_config(2, "tiny"), "cuda"), batch, context)
+        wanted = Options(
+            mode=mode, buckets=(1, batch), prefill_buckets=(8, 16), pad={"position": context - 1}, overlap="*=on"
+        )
+        decode = torch.arange(batch, device="cuda")[:, None], torch.arange(batch, device="cuda")
+        tokens = torch.arange(16, device="cuda")
+        place = torch.tensor([1], device="cuda"), torch.tensor([0], device="cuda")
+        prefill = huggingface.PrefillStep(step), (tokens[None], tokens, *place)
+        fast = auxstream.compile(step, decode, wanted, prefill=prefill)
+        assert fast.report.ok
+        torch.manual_seed(0)
+        found = outputs.setdefault(mode, [])
+        for length in (1, 7, 8, 9, 15, 16):
+            ids = torch.randint(500, (1, length)).cuda()
+            ends = torch.tensor([2], device="cuda"), torch.tensor([length - 1], device="cuda")
+            found.append(fast(ids, torch.arange(length, device="cuda"), *ends).clone())
+            found.append(fast(torch.randint(500, (3, 1)).cuda(), torch.full((3,), length, device="cuda")).clone())
+        found += [buffer.clone() for buffer in step.buffers()]
+    for number, (whole, pieces) in enumerate(zip(outputs["full"], outputs["full_and_piecewise"], strict=True)):
+        assert torch.equal(whole, pieces), f"output {number}"
