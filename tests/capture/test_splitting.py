@@ -175,6 +175,12 @@ def test_ops_that_the_user_lists_are_split_at() -> None:
     refuse_unknown(("auxstream_test.paged_attention",), ops_of(gm))
 
 
+def test_flex_attention_is_attention() -> None:
+    node = torch.fx.Graph().call_function(torch.ops.higher_order.flex_attention)
+    assert splits_at(node)
+    assert not splits_at(torch.fx.Graph().call_function(torch.ops.higher_order.cond))
+
+
 def test_a_name_that_no_op_bears_is_refused_with_the_candidates() -> None:
     gm = trace(Stack(Paged()), (torch.randn(ROWS, 8),)).graph_module
     with pytest.raises(CaptureError, match="paged_atention") as refused:
