@@ -174,7 +174,7 @@ def inner_values(
     STAGES: tl.constexpr, TURNS: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS activations of one expert for each row at `inputs`. TURNS: gates and ups lie in turns, and are read as one."""
+    """ROWS activations of one expert for each row at `inputs`. TURNS: gates and ups lie in turns, as one matrix."""
     g = tl.zeros([TOKENS, ROWS], tl.float32)
     u = tl.zeros([TOKENS, ROWS], tl.float32)
     if TURNS:
