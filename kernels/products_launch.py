@@ -14,61 +14,9 @@ import torch
 from torch import Tensor
 
 from . import products_kernels as kernels
+from .products_work import MOST_WEIGHTS, Tile, Work, row_class
 
-MOST_ROWS: Final = 32
-MOST_WEIGHTS: Final = 4
 _SUM_ROWS: Final = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """What a program works on at a time: rows of a weight and columns of them, by how many warps.
-
-    For one row of activations, `ahead` says to ask for all weights before any is used. For several, `stages` is how far
-    ahead columns are asked for, and `splits` how many programs share what is summed.
-    """
-
-    rows: int
-    cols: int
-    warps: int
-    stages: int = 1
-    splits: int = 1
-    ahead: bool = False
-
-    def __str__(self) -> str:
-        how = f", {self.stages} stages" * (self.stages > 1) + f", {self.splits} splits" * (self.splits > 1)
-        return f"{self.rows} x {self.cols}, {self.warps} warps{how}{', ahead' * self.ahead}"
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One call."""
-
-    x: Tensor
-    """[T, K], columns side by side"""
-    weights: tuple[Tensor, ...]
-    """Each [N, K], columns side by side"""
-    biases: tuple[Tensor, ...] = ()
-    """None, or one [N] per weight, contiguous"""
-    activation: str | None = None
-    """Of a gate and an up projection: act(gate) * up is what leaves. "silu" or "gelu_tanh"."""
-
-    @property
-    def rows(self) -> int:
-        return self.x.shape[0]
-
-    @property
-    def summed(self) -> int:
-        return self.x.shape[1]
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Of what leaves."""
-        widths = tuple(weight.shape[0] for weight in self.weights)
-        return widths[:1] if self.activation is not None else widths
-
-    def outputs(self) -> list[Tensor]:
-        return [self.x.new_empty(self.rows, width) for width in self.widths]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +34,6 @@ class Launch:
     def compile(self) -> Any:
         """Compile without launching."""
         return self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
-
-
-def row_class(rows: int) -> int:
-    """The largest number of rows that runs what this one runs."""
-    return 1 if rows == 1 else 16 if rows <= 16 else 32
 
 
 def launches(work: Work, outputs: Sequence[Tensor], tile: Tile) -> list[Launch]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from .products_launch import Tile, Work, row_class
+from .products_work import Tile, Work, row_class
 
 _SMS: Final = 132
 _SM_BYTES: Final = 200 * 1024
@@ -69,3 +69,23 @@ def _few(work: Work) -> Iterator[Tile]:
                 fits = 110 <= count <= 4 * _SMS or (splits == 1 and count > 110)
                 if fits and resident * asked >= 2 * _BUSY:
                     yield tile
+
+
+def likely(work: Work) -> list[Tile]:
+    """The few that are worth measuring, the likeliest first."""
+    found, known = every(work), _LIKELY_ONE if work.rows == 1 else _LIKELY_FEW
+    chosen = [tile for tile in known if tile in found]
+    return chosen or found[:6]
+
+
+_LIKELY_ONE: Final = (
+    Tile(4, 256, 4, ahead=True),
+    Tile(8, 256, 8, ahead=True),
+    Tile(2, 256, 2, ahead=True),
+    Tile(1, 256, 1, ahead=True),
+    Tile(4, 512, 8, ahead=True),
+    Tile(2, 256, 1, ahead=True),
+)
+_LIKELY_FEW: Final = tuple(
+    Tile(rows, cols, 4, 4, splits) for rows, cols in ((32, 128), (64, 128), (16, 256)) for splits in (1, 2, 3)
+)
