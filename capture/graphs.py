@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -110,9 +110,9 @@ class CapturedGraph:
         """Take what was read back from the CUDA graph."""
         self._evidence = evidence
 
-    def let_go(self, storages: Collection[int]) -> None:
-        """Keep outside memory with these storages alive no longer: its owner knows until when it is needed."""
-        self._outside = {b: m for b, m in self._outside.items() if m.untyped_storage()._cdata not in storages}
+    def let_go(self) -> None:
+        """Keep outside memory alive no longer: its owner knows until when it is needed."""
+        self._outside = {}
 
     def prove(self, *, checked: bool) -> Report:
         """Fill in the report."""

@@ -105,10 +105,10 @@ class _Values:
         """Forget all but the inputs."""
         self.at = dict(self._inputs)
 
-    def outside(self) -> set[int]:
-        """Storages that no part made."""
+    def outside(self) -> list[Tensor]:
+        """Tensors that no part made."""
         attributes = [self.of(node) for node in self._module.graph.nodes if node.op == "get_attr"]
-        return {storage_of(tensor) for tensor in tensors_in([*attributes, *self._inputs.values()])}
+        return list(tensors_in([*attributes, *self._inputs.values()]))
 
     def of(self, node: Node) -> Any:
         """The value of a node, or of an attribute."""
@@ -198,7 +198,8 @@ class _Capture:
         self._device = device
         self._name = name
         self._verify: Verify = verify
-        self._outside = values.outside()
+        self._given = values.outside()
+        self._outside = set(map(storage_of, self._given))
         self._ancestors = split.ancestors()
         self._owned: dict[int, tuple[int | None, list[Node]]] = {}  # storage of the pool -> its lane, values in it
         self._places: dict[Node, Tensor] = {}
@@ -274,6 +275,7 @@ class _Capture:
                 pool=self._machine.pool,
                 stream=self._machine.stream(part.lane),
             ) as captured:
+                self._machine.name([*self._given, *tensors_in(list(self._values.at.values()))])
                 made = self._values.run(number)
                 places = [
                     (result.node, result.place())
@@ -289,8 +291,8 @@ class _Capture:
         for node, place in places:
             self._places[node] = place
             self._own(part.lane, node, place)
-        self._machine.took(captured, self._owned)
         self._keep(captured._outside.values())
+        self._machine.took(captured)
         self.regions.update(dict.fromkeys(captured.regions))
         works = any(isinstance(step, Op) and step.func not in _ALLOCATIONS for step in captured.program.steps)
         launch = captured.cuda_graph.replay if isinstance(captured, CudaGraph) and works else None

@@ -2,18 +2,23 @@
 
 Enters: the lanes of a split, a pool. Leaves: streams to rehearse and capture on, the pool's memory back, and the whole
 step. Invariant: the caller's pieces and those of each lane have a stream of their own, the same at every capture.
+
+Note "addresses of other pieces". Arguments of CUDA kernels hold stale words, which are told from workspaces by what
+they point at: a tensor. The tensors of other pieces, of which a capture would not hear, are therefore named to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Final, Protocol
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
+from ..runtime.machine import thread_state
 from .allocator import AllocatorModel
 from .graphs import CapturedGraph, CudaGraph, GraphMemory, SimulatedGraph
 from .inputs import storage_of
@@ -23,6 +28,7 @@ from .program import Program
 from .simulate import Simulation
 from .state import preserved
 from .steps import Piece
+from .streams import RecordingMachine
 
 LANE: Final = 1 << 20
 """The first stream number of lanes between launches, on the simulated machine."""
@@ -53,8 +59,12 @@ class Machine(Protocol):
         """Run the block on that stream, behind all before it."""
         ...
 
-    def took(self, captured: CapturedGraph, owned: Collection[int]) -> None:
-        """A piece was captured; `owned`: storages that go back to the pool in time."""
+    def name(self, tensors: Iterable[Tensor]) -> None:
+        """Tell the capture under way of tensors that it may not meet: see the note "addresses of other pieces"."""
+        ...
+
+    def took(self, captured: CapturedGraph) -> None:
+        """A piece was captured, and the step sees to the memory it needs."""
         ...
 
     def free(self, storage: int) -> None:
@@ -100,7 +110,10 @@ class Simulated:
     def on(self, lane: int | None) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def took(self, captured: CapturedGraph, owned: Collection[int]) -> None:
+    def name(self, tensors: Iterable[Tensor]) -> None:
+        """A recording is told of all it touches."""
+
+    def took(self, captured: CapturedGraph) -> None:
         assert isinstance(captured, SimulatedGraph)
         for buffer, view in captured.simulation.visible.items():
             self._addresses[storage_of(view)] = captured.program.buffers[buffer].address
@@ -161,8 +174,15 @@ class Cuda:
         with torch.cuda.stream(stream):
             yield
 
-    def took(self, captured: CapturedGraph, owned: Collection[int]) -> None:
-        captured.let_go(owned)
+    def name(self, tensors: Iterable[Tensor]) -> None:
+        machine = thread_state.machine
+        assert isinstance(machine, RecordingMachine)
+        with _disable_current_modes():
+            for tensor in tensors:
+                machine.recorder.buffer_of(tensor)
+
+    def took(self, captured: CapturedGraph) -> None:
+        captured.let_go()
 
     def free(self, storage: int) -> None:
         """The last reference to it is gone, and the allocator knows."""
