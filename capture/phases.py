@@ -171,7 +171,7 @@ class _Form:
         self.model = phase.model
         self.compiled = compiled
         self.positional = len(static.args)
-        self.keywords = frozenset(static.kwargs)
+        self.keywords = set(static.kwargs)
         self._static = static
         self._dims: Dims = (None,) * len(static.leaves)
         if compiled is not None and compiled.calls.padding is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +22,15 @@ from auxstream.capture.trace import trace
 pytestmark = pytest.mark.gpu
 
 ROWS = 64
+
+
+@pytest.fixture(autouse=True)
+def attention_of_the_same_bits() -> Iterator[None]:
+    """cuDNN's attention does not give the same bits twice everywhere."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @torch.library.custom_op("auxstream_test::peeking_attention", mutates_args=())
