@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from attention_blocks import HIDDEN, MODELS, Paged, Parallel, Stack, mark_paths
+from attention_blocks import HIDDEN, MODELS, Paged, Parallel, Stack, mark_paths, shared_expert_block
 from torch import Tensor, nn
 
 import auxstream
 from auxstream.capture import graphs, pieces_capture, steps
 from auxstream.capture.allocator import AllocatorModel
 from auxstream.capture.inputs import StaticInputs
-from auxstream.capture.pieces import SimulatedPieces
+from auxstream.capture.options import Options
+from auxstream.capture.pieces import PiecewiseGraph, SimulatedPieces
 from auxstream.capture.pieces_capture import capture_pieces
 from auxstream.capture.pieces_machines import Simulated
 from auxstream.capture.proof import verify
@@ -331,6 +332,26 @@ def test_a_smaller_step_fits_into_the_memory_of_a_larger_one() -> None:
     for _ in range(4):
         assert large.is_right()
         assert small.is_right()
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_in_pieces_keeps_its_regions_and_its_bits() -> None:
+    """Buckets, and calls at their edges, against whole graphs of the same sizes."""
+    torch.manual_seed(0)
+    model = Stack(shared_expert_block(), Parallel())
+    example = torch.randn(6, HIDDEN)
+    found: dict[str, list[Tensor]] = {}
+    for mode in ("full", "piecewise"):
+        wanted = Options(mode=mode, buckets=(2, 4, 6), overlap="*=on", mlir_elementwise_fusion=False)
+        fast = auxstream.compile(model, example, wanted)
+        assert {graph.regions for graph in fast.graphs} == {("layers.0.shared",)}
+        assert {isinstance(graph, PiecewiseGraph) for graph in fast.graphs} == {mode == "piecewise"}
+        assert all(graph.report.ok for graph in fast.graphs)
+        torch.manual_seed(1)
+        found[mode] = [fast(torch.randn(rows, HIDDEN)).clone() for rows in (1, 2, 3, 4, 5, 6, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(found["full"], found["piecewise"], strict=True))
 
 
 # --- standing where a graph stands ------------------------------------------------------------------------------------

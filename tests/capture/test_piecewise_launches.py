@@ -12,6 +12,7 @@ import torch
 from fake_cuda import NO_CONTEXT, FakeCuda, fake_cuda
 
 from auxstream.capture import pieces
+from auxstream.capture.graphs import GraphMemory
 from auxstream.capture.pieces import Launch
 from auxstream.capture.pieces_eager import EagerCall, address_of
 from auxstream.runtime.errors import AuxstreamError
@@ -135,6 +136,42 @@ def test_what_the_driver_refuses_is_an_error(cuda: FakeCuda, call: str) -> None:
 
     with pytest.raises(AuxstreamError, match="a piece of a step"):
         replay()
+
+
+class Order:
+    """Of replays: counts them."""
+
+    stream = CALLER
+
+    def __init__(self) -> None:
+        self.entered = 0
+
+    def __enter__(self) -> Order:
+        self.entered += 1
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_a_replay_is_one_turn_and_runs_as_captured_whatever_mode_it_comes_in(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+    told: list[tuple[Any, int]] = []
+    monkeypatch.setattr(pieces, "LAUNCH_OBSERVERS", [lambda *what: told.append(what)])
+    launch = Launch(lambda: seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"))), None, ())
+    order: Any = Order()
+    graph = pieces.CudaPieces("step", (), ("region",), GraphMemory(7), [launch, launch], order, 0)
+    graph.replay()
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        graph.replay()
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert seen == [(False, False)] * 4
+    assert told == [(graph, CALLER)] * 2
+    assert order.entered == 2
+    assert (graph.regions, graph.memory.reserved) == (("region",), 7)
 
 
 # --- eager calls ------------------------------------------------------------------------------------------------------
