@@ -7,7 +7,6 @@ Invariant: what a launch needs (source, variant, numbers) is settled once per la
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import hashlib
 import sys
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ..runtime.errors import CaptureError
 from . import mlir, store
+from .ahead import make_ready
 from .geometry import Access, Layout
 from .reference import evaluate
 from .spec import KernelSpec, Operand
@@ -54,21 +54,21 @@ def kernel_of(spec: KernelSpec) -> FusedKernel:
 def compile_ahead(fusions: Iterable[Fusion]) -> None:
     """Compile, side by side, all that the kernels of a graph on a GPU will choose from; shapes must be static.
 
-    What is compiled here need not be compiled at the first launch, one kernel after the other. What does not compile
-    is not reported here: its launch will say so, in the caller's own thread.
+    What is compiled here need not be compiled at the first launch, one kernel after the other.
     """
     todo: dict[Any, tuple[_Launch, list[torch.dtype]]] = {}
+    device = torch.device("cuda")
     for fusion in fusions:
         inputs = [node.meta["val"] for node in fusion.inputs]
         if fusion.sizes or not inputs[0].is_cuda:
             continue
-        kernel = kernel_of(fusion.spec)
+        kernel, device = kernel_of(fusion.spec), inputs[0].device
         outputs = kernel.fake(inputs, ())
         dtypes = [tensor.dtype for tensor in (*inputs, *outputs)]
         for variant, launch in kernel.candidates(inputs, outputs, ()).items():
             todo[fusion.spec, variant, launch.numbers] = (launch, dtypes)
-    with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
-        concurrent.futures.wait([pool.submit(launch.compile, dtypes) for launch, dtypes in todo.values()])
+    if todo:
+        make_ready((functools.partial(launch.compile, dtypes) for launch, dtypes in todo.values()), device)
 
 
 @functools.cache
@@ -110,9 +110,9 @@ class _Launch:
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         self.kernel[self.grid](*tensors, *self.numbers, **self.options)
 
-    def compile(self, dtypes: Sequence[torch.dtype]) -> None:
-        """Compile without launching, for operands of these dtypes at aligned addresses."""
-        self.kernel.warmup(*dtypes, *self.numbers, grid=self.grid, **self.options)
+    def compile(self, dtypes: Sequence[torch.dtype]) -> Any:
+        """Compile without launching, for operands of these dtypes at aligned addresses; Triton's compiled kernel."""
+        return self.kernel.warmup(*dtypes, *self.numbers, grid=self.grid, **self.options)
 
 
 class FusedKernel:
