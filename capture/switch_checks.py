@@ -39,7 +39,7 @@ class Bare:
         bare = GraphModule(gm, graph)
         for node in switches:
             take_out(copies[node])
-        origin = {copy: node for node, copy in copies.items()} | {end: next(reversed(gm.graph.nodes))}
+        origin = {copy: node for node, copy in copies.items()} | {end: next(iter(reversed(gm.graph.nodes)))}
         flow = Dataflow.of(bare)
         free = flow.symbolic | flow.mask(
             node for node in flow.nodes if node.op in ("placeholder", "get_attr") or flow.is_view(node)

@@ -293,7 +293,9 @@ def test_each_warm_up_run_starts_from_the_same_state() -> None:
 
     model = Counts()
     fast = auxstream.compile(
-        model, (torch.ones(1, 4, device="cuda"),), options=auxstream.Options(False, False, warmup=3)
+        model,
+        (torch.ones(1, 4, device="cuda"),),
+        options=auxstream.Options(multi_stream_moe=False, mlir_elementwise_fusion=False, warmup=3),
     )
     assert model.position.item() == 7
     out = fast(torch.full((1, 4), 2.0, device="cuda"))
