@@ -53,13 +53,13 @@ def _one(work: Work) -> Iterator[Tile]:
 
 def _few(work: Work) -> Iterator[Tile]:
     """As many programs as there are multiprocessors, or sums in parts, so that each has enough asked for."""
-    shapes = [(16, 128), (16, 256), (32, 64), (32, 128), (32, 256), (64, 64), (64, 128), (64, 128, 8)]
+    shapes = [(16, 128), (16, 256), (32, 64), (32, 128), (32, 256), (64, 64), (64, 128)]
     products = 2 if work.activation is not None else 1
     item, tokens = work.x.element_size(), row_class(work.rows)
-    for rows, cols, *warps in shapes:
+    for rows, cols in shapes:
         for stages in (3, 4, 6):
             for splits in (1, 2, 3, 4, 6, 8):
-                tile = Tile(rows, cols, *(warps or [4]), stages, splits)
+                tile = Tile(rows, cols, 4, stages, splits)
                 asked = products * rows * cols * item * (stages - 1)
                 held = asked + tokens * cols * item * (stages - 1)
                 if held > _PROGRAM_BYTES or work.summed < splits * cols * stages:
