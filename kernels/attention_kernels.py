@@ -161,7 +161,7 @@ def attention_whole(
     total = tl.load(totals + row * splits + split, mask=split < splits, other=0.0)
     saw = total != 0.0
     highest = tl.max(peak, axis=0)
-    share = tl.where(saw, tl.exp2(peak - highest), 0.0)
+    share = tl.exp2(peak - tl.where(highest == float("-inf"), 0.0, highest))
     whole = tl.sum(share * total, axis=0)
     inside = saw[:, None] & (e[None, :] < DV)
     part = tl.load(parts + (row * splits + split)[:, None] * DV + e[None, :], mask=inside, other=0.0)
