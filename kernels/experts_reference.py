@@ -42,16 +42,19 @@ def activate(rows: Tensor, activation: Activation, interleaved: bool) -> Tensor:
 
 
 def reference(work: Work, wide: torch.dtype = torch.float32, rounds: bool = True) -> Tensor:
-    """One expert after the other. `rounds`: activations and output to the type of the model; else they stay `wide`."""
+    """Expert by expert, and token by token: a token's bits do not depend on which others are there. `rounds`:
+    activations and output to the type of the model; else they stay `wide`."""
     out = torch.zeros(work.hidden.shape, dtype=wide, device=work.hidden.device)
+    hidden, scale = work.hidden.to(wide), work.scale.to(wide)
     for expert in work.chosen.unique().tolist():
-        tokens, choices = (work.chosen == expert).nonzero(as_tuple=True)
-        rows = work.hidden[tokens].to(wide) @ work.up[expert].to(wide).T
-        if work.up_bias is not None:
-            rows = rows + work.up_bias[expert].to(wide)
-        rows = activate(rows, work.activation, work.interleaved)
-        rows = (rows.to(work.hidden.dtype) if rounds else rows).to(wide) @ work.down[expert].to(wide).T
-        if work.down_bias is not None:
-            rows = rows + work.down_bias[expert].to(wide)
-        out.index_add_(0, tokens, rows * work.scale[tokens, choices, None].to(wide))
+        up, down = work.up[expert].to(wide), work.down[expert].to(wide)
+        for token, choice in (work.chosen == expert).nonzero().tolist():
+            rows = up @ hidden[token].clone()  # at an address like every other's: libraries add up by alignment
+            if work.up_bias is not None:
+                rows = rows + work.up_bias[expert].to(wide)
+            rows = activate(rows, work.activation, work.interleaved)
+            rows = down @ (rows.to(work.hidden.dtype) if rounds else rows).to(wide)
+            if work.down_bias is not None:
+                rows = rows + work.down_bias[expert].to(wide)
+            out[token] += rows * scale[token, choice]
     return out.to(work.hidden.dtype) if rounds else out
