@@ -134,7 +134,10 @@ def _with_names(decode: Phase, prefill: Phase, eager: bool) -> tuple[Phase, ...]
 
 def _parameters(phase: Phase) -> set[str]:
     """The parameters of `forward` that a call of this phase fills; a leaf's name begins with one of them."""
-    return set(inspect.signature(phase.model.forward).bind(*phase.static.args, **phase.static.kwargs).arguments)
+    try:
+        return set(inspect.signature(phase.model.forward).bind(*phase.static.args, **phase.static.kwargs).arguments)
+    except TypeError:  # inputs that `forward` does not take: the trace says so, and of which phase
+        return set()
 
 
 def _among(name: str, parameters: set[str]) -> bool:

@@ -115,9 +115,17 @@ def steps() -> Iterator[tuple[Tensor, ...]]:
 
 
 @functools.cache
+def shared(mode: Any) -> tuple[Serving, PhasedModel]:
+    """For tests that leave it as it is, but for its caches."""
+    return serving(mode)
+
+
+@functools.cache
 def found(mode: Any) -> list[Tensor]:
     """Outputs of all steps, and the caches at last, but for the position that nobody sees."""
-    model, fast = serving(mode)
+    model, fast = shared(mode)
+    model.keys.zero_()
+    model.values.zero_()
     outputs = [fast(*step).clone() for step in steps()]
     return [*outputs, model.keys[:, :-1].clone(), model.values[:, :-1].clone()]
 
@@ -172,7 +180,7 @@ def kind(graph: CapturedGraph) -> str:
     ],
 )
 def test_each_phase_is_captured_as_its_mode_says(mode: Any, decode: str, prefill: str | None) -> None:
-    _, fast = serving(mode)
+    _, fast = shared(mode)
     assert isinstance(fast.decode, BucketedModel)
     assert {kind(graph) for graph in fast.decode.graphs} == {decode}
     assert list(fast.decode.buckets) == [1, 2, BATCH]
@@ -186,18 +194,21 @@ def test_each_phase_is_captured_as_its_mode_says(mode: Any, decode: str, prefill
 
 
 def test_the_model_itself_runs_prefill_in_full_decode_only() -> None:
-    model, fast = serving("full_decode_only")
+    model, fast = shared("full_decode_only")
     ran: list[int] = []
-    model.register_forward_hook(lambda *_: ran.append(1))
-    out = fast(*prompt(7))
-    assert len(ran) == 1
-    assert not out.requires_grad
-    fast(*tokens(3, 7))
-    assert len(ran) == 1
+    hook = model.register_forward_hook(lambda *_: ran.append(1))
+    try:
+        out = fast(*prompt(7))
+        assert len(ran) == 1
+        assert not out.requires_grad
+        fast(*tokens(3, 7))
+        assert len(ran) == 1
+    finally:
+        hook.remove()
 
 
 def test_attention_alone_runs_eagerly_in_pieces() -> None:
-    _, fast = serving("full_and_piecewise")
+    _, fast = shared("full_and_piecewise")
     assert fast.prefill is not None
     for graph in fast.prefill.graphs:
         assert isinstance(graph, PiecewiseGraph)
@@ -228,7 +239,7 @@ def replays(model: CompiledModel | None) -> int:
 
 
 def test_calls_go_by_structure() -> None:
-    _, fast = serving("full_and_piecewise")
+    _, fast = shared("full_and_piecewise")
     before = replays(fast.decode), replays(fast.prefill)
     fast(*tokens(1, 0))
     fast(*prompt(1))
@@ -276,7 +287,7 @@ def test_calls_of_one_structure_go_by_the_sizes_that_a_phase_fixes() -> None:
 
 
 def test_what_fits_neither_phase_is_refused_by_the_nearer_one() -> None:
-    _, fast = serving("full_and_piecewise")
+    _, fast = shared("full_and_piecewise")
     ids, position, slot, last = prompt(3)
     with pytest.raises(InputError, match="'slot'"):
         fast(ids, position, slot.float(), last)
@@ -284,7 +295,7 @@ def test_what_fits_neither_phase_is_refused_by_the_nearer_one() -> None:
         fast(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(InputError, match="another structure"):
         fast(ids, position, slot)
-    _, fast = serving("full_decode_only")
+    _, fast = shared("full_decode_only")
     for wrong in ([slot], slot.float(), slot[None]):
         with pytest.raises(InputError, match="not those of prefill, nor of another phase"):
             fast(ids, position, wrong, last)
@@ -345,7 +356,7 @@ def test_options_of_phases_come_from_yaml(tmp_path: Path) -> None:
 
 
 def test_phases_share_one_pool_and_the_larger_is_captured_first() -> None:
-    _, fast = serving("full_and_piecewise")
+    _, fast = shared("full_and_piecewise")
     assert fast.prefill is not None
     memory = fast.memory
     assert [entry.bucket for entry in memory.buckets] == [
