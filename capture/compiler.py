@@ -125,10 +125,10 @@ class _Pipeline:
             self.ops.update(ops_of(traced.graph_module))
             refuse_unknown(self.asked, self.ops)
             keep_whole(traced.graph_module, options.split_ops)
-        laying = Laying(traced, options, self.constants)
+        laying = Laying(traced, options, self.device.type == "cuda", self.constants)
         written = [*traced.written_tensors(), *static.written(traced)]
         choice = self._choose(static, traced, laying)
-        dump.write("2-overlap", str(choice))
+        dump.write("2-overlap", "\n\n".join([str(choice), *laying.notes]))
 
         for trial in laying.trials(choice.plan):
             laid = laying.lay(choice.plan, trial)
@@ -165,7 +165,7 @@ class _Pipeline:
         if not options.multi_stream_moe or not _within(options.token_threshold, static.tensors()):
             return Choice(Plan(), "rules")
         rules = (*parse_overlap(options.overlap), *SETTINGS.overlap)
-        proposals = propose(traced.graph_module)
+        proposals = propose(laying.graph)
         for glob in unmatched(proposals, rules):
             _log.info("the overlap rule %r matches no branch of %s", glob, self.name)
         demanded, left = ruled(proposals, rules)
@@ -173,7 +173,7 @@ class _Pipeline:
             return unmeasured(demanded, left)
         unseen = replace(options, dump_dir=None, progress=None)
         rest = (torch.__version__, torch.cuda.get_device_name(self.device), self.name, unseen)
-        key = key_of(traced.graph_module, proposals, rest)
+        key = key_of(laying.graph, proposals, rest)
         choice = remembered(key, demanded, left)
         if choice is None:
             choice = measured(demanded, left, self._racing(static, traced, laying))

@@ -1,7 +1,10 @@
-"""A traced graph under a plan: fused, and with the plan's regions in it.
+"""A traced graph under a plan: with the kernels of its own that it is given, fused, and with the plan's regions in it.
 
 Enters: a traced graph and `Options`, then plans. Leaves: a `Laid` graph per plan. Invariant: the traced graph itself is
-not changed, so any number of plans can be laid.
+not changed, nor the `graph` that plans are made for, so any number of plans can be laid.
+
+Attention and routers are replaced first, whatever the plan. Products come after the marks: those that share their input
+may become one launch, but not across a region's border.
 
 Regions of nothing but products and views (`Region.bare`) leave fusion nothing to keep off them: they are marked when
 the rest is fused. So plans that differ in them alone share one fused graph.
@@ -15,8 +18,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ..kernels.attention_pass import fuse_decode_attention
 from ..kernels.fuse import FusionReport, fuse_elementwise
 from ..kernels.launch import compile_ahead
+from ..kernels.products_pass import choose_gated, choose_products
+from ..kernels.router_pass import fuse_routers
 from ..kernels.safety import fusion_safety
 from ..runtime.settings import parse_safety
 from .options import Options
@@ -37,14 +43,33 @@ class Laid:
 
 
 class Laying:
-    """`constants`: what fusion computed ahead for graphs of the same model, by name; they share it."""
+    """
+    Args:
+        traced: a graph that no pass has been through.
+        options: what is done to it.
+        on_gpu: whether what is left to the machine is done.
+        constants: what fusion computed ahead for graphs of the same model, by name; they share it.
 
-    def __init__(self, traced: TracedGraph, options: Options, constants: dict[str, Tensor]) -> None:
-        self._traced = traced.graph_module
+    Attributes:
+        graph: what plans are made for.
+        notes: what became of attention and routers, as text.
+    """
+
+    def __init__(self, traced: TracedGraph, options: Options, on_gpu: bool, constants: dict[str, Tensor]) -> None:
+        self.graph = copy_of(traced.graph_module)
+        self.notes: list[str] = []
         self._options = options
+        self._on_gpu = on_gpu
         self._constants = constants
-        self._known = {name for name, _ in self._traced.named_buffers()}
+        if self._wanted(options.decode_attention) and options.mode != "piecewise":  # there, attention is no kernel
+            self.notes.append(str(fuse_decode_attention(self.graph)))
+        if self._wanted(options.router_kernels):
+            self.notes.append(str(fuse_routers(self.graph)))
+        self._known = {name for name, _ in self.graph.named_buffers()}
         self._fused: dict[tuple[tuple[Region, ...], bool], tuple[GraphModule, FusionReport | None]] = {}
+
+    def _wanted(self, option: bool | None) -> bool:
+        return self._on_gpu if option is None else option
 
     def trials(self, plan: Plan) -> tuple[bool, ...]:
         """Whether to fuse regions on `auto` as if they were safe: first so, then not, if any region is."""
@@ -64,8 +89,11 @@ class Laying:
 
     def _base(self, regions: tuple[Region, ...], trial: bool) -> tuple[GraphModule, FusionReport | None]:
         if (regions, trial) not in self._fused:
-            module, report = copy_of(self._traced), None
+            module, report = copy_of(self.graph), None
             mark(module, regions)
+            if self._wanted(self._options.product_kernels):
+                choose_gated(module)
+                choose_products(module)
             if self._options.mlir_elementwise_fusion:
                 report = fuse_elementwise(module, safe=parse_safety(self._options.fusion_safe), trial=trial)
                 compile_ahead(report.fusions)

@@ -57,6 +57,11 @@ class Options:
         progress: a bar over the captures, on stderr; None: if that is a terminal.
         dump_dir: folder for every stage's graph and the report, as text.
         mlir_elementwise_fusion: fuse elementwise and row-reduction chains into Triton kernels, through MLIR.
+        decode_attention: attention of one query per row as kernels that read only what its mask lets it see, where that
+            is faster; None: on a GPU. See docs/attention.md.
+        router_kernels: what routes tokens to experts as one op of two kernels; None: on a GPU. See docs/router.md.
+        product_kernels: products of few rows by kernels of our own, where these are faster than cuBLAS; None: on a GPU.
+            See docs/products.md.
         fusion_safe: regions whose aux branch may run fused kernels, as AUXSTREAM_FUSION_SAFE writes them
             (`layers.*.shared=auto,layers.3.*=0`); the default keeps them off.
     """
@@ -78,6 +83,9 @@ class Options:
     progress: bool | None = None
     split_ops: tuple[str, ...] = ()
     prefill_buckets: tuple[int, ...] = ()
+    decode_attention: bool | None = None
+    router_kernels: bool | None = None
+    product_kernels: bool | None = None
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -96,8 +104,11 @@ class Options:
                 raise SettingsError(
                     f"malformed option {name}", expected="true or false", came=repr(getattr(self, name))
                 )
-        if self.progress is not None and type(self.progress) is not bool:
-            raise SettingsError("malformed option progress", expected="true, false, null", came=repr(self.progress))
+        for name in ("progress", "decode_attention", "router_kernels", "product_kernels"):
+            if type(getattr(self, name)) not in (bool, type(None)):
+                raise SettingsError(
+                    f"malformed option {name}", expected="true, false, null", came=repr(getattr(self, name))
+                )
         parse_safety(self.fusion_safe, "option fusion_safe")
         parse_overlap(self.overlap, "option overlap")
         for name in ("buckets", "prefill_buckets"):

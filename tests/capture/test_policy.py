@@ -142,7 +142,7 @@ def test_branches_of_products_alone_share_what_is_fused(
     shared, q = found["layers.*.shared", "products"], found["layers.*.q", "products"]
     fused: list[object] = []
     monkeypatch.setattr(laying, "compile_ahead", fused.append)
-    each = Laying(traced, Options(), {})
+    each = Laying(traced, Options(), False, {})
     expected = each.lay(Plan(), trial=False).module(x)
     for plan, fusions in (
         (Plan((q,)), 1),
