@@ -68,7 +68,7 @@ def _on_cuda(*arguments: Any) -> Tensor:
     *given, checked = arguments
     work = _work(*given)
     if checked:
-        torch._assert_async(_within(work), "moe_experts: an index outside the experts")
+        torch.ops.aten._assert_async.msg(_within(work), "moe_experts: an index outside the experts")
     return _experts()(work)
 
 

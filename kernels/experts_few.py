@@ -33,7 +33,7 @@ class Tile:
     stages: int = 1
 
     def __str__(self) -> str:
-        return f"{self.rows} x {self.cols}, {self.warps} warps, {self.stages} stages"
+        return f"{self.rows} x {self.cols}, {self.warps} warps" + (f", {self.stages} stages" if self.stages > 1 else "")
 
 
 @dataclass(frozen=True, slots=True)

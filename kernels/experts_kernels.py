@@ -8,7 +8,7 @@ Strides say how weights lie: `e` from expert to expert, `n` from one output to t
 `u` from a gate's row to its partner's. Sums are float32; activations are rounded once, to the type of the model.
 """
 
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import triton

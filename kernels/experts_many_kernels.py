@@ -5,7 +5,7 @@ chosen experts alone, no two programs write one element, and the grid depends on
 all of its expert's pairs, however many there are.
 """
 
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import triton
