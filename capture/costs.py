@@ -43,6 +43,8 @@ _OVERWRITE: Final = frozenset(("copy_", "fill_", "zero_", "index_copy_", "index_
 """In-place ops that do not read what they write."""
 _ALLOCATE: Final = ("empty", "new_empty")
 """What the names of ops begin with whose results are not written yet."""
+_ATTENTION: Final = "decode_attention"
+"""Of this library, with the arguments of torch's."""
 _BYTES: Final = ("B", "KiB", "MiB", "GiB")
 _FLOPS: Final = ("flop", "kflop", "Mflop", "Gflop", "Tflop")
 _FUSED: Final = "auxstream_fused"
@@ -109,7 +111,7 @@ def _flops(flow: Dataflow, node: Node) -> int:
         return 2 * _count(node) * factor[-1]
     if name.startswith(("conv1d", "conv2d", "conv3d", "convolution")):
         return 2 * _count(node) * math.prod(shapes[1][1:])
-    if "scaled_dot_product" in name and all(len(shape) == 4 for shape in shapes[:3]):
+    if ("scaled_dot_product" in name or name == _ATTENTION) and all(len(shape) == 4 for shape in shapes[:3]):
         query, key, value = shapes[:3]
         return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
     if name == "einsum":
@@ -141,7 +143,8 @@ def _is_product(node: Node) -> bool:
 
 def _is_others(node: Node) -> bool:
     """Whether the op is of another library, and may be anything: a product with the weights that it reads."""
-    return isinstance(node.target, OpOverload) and node.target.namespace not in ("aten", _FUSED)
+    known = isinstance(node.target, OpOverload) and node.target.namespace in ("aten", _FUSED)
+    return isinstance(node.target, OpOverload) and not known and _name(node) != _ATTENTION
 
 
 def is_stacked(flow: Dataflow, node: Node) -> bool:

@@ -191,19 +191,24 @@ def _product(left: str, right: str, added: str = "") -> Callable[[_Op], Class]:
     return rule
 
 
-def _attention(op: _Op) -> Class:
-    rank = len(op.shape("query"))
-    found: list[Class] = []
-    for name in ("query", "key", "value", "attn_mask"):
-        one = op.of(name)
-        if isinstance(one, Rows):
-            dim = one.dim - len(op.shape(name))
-            one = Rows(dim + rank, one.each) if dim < -2 else MIXED
-        found.append(one)
-    joined = _joined(found)
-    if isinstance(joined, Rows) and _shape(op.node)[joined.dim] != op.shape("query")[joined.dim]:
-        return MIXED
-    return joined
+def _attention(query: str, key: str, value: str, mask: str) -> Callable[[_Op], Class]:
+    """Rows of all four, ahead of heads' positions and numbers."""
+
+    def rule(op: _Op) -> Class:
+        rank = len(op.shape(query))
+        found: list[Class] = []
+        for name in (query, key, value, mask):
+            one = op.of(name)
+            if isinstance(one, Rows):
+                dim = one.dim - len(op.shape(name))
+                one = Rows(dim + rank, one.each) if dim < -2 else MIXED
+            found.append(one)
+        joined = _joined(found)
+        if isinstance(joined, Rows) and _shape(op.node)[joined.dim] != op.shape(query)[joined.dim]:
+            return MIXED
+        return joined
+
+    return rule
 
 
 def _looked_up(table: str, index: str) -> Callable[[_Op], Class]:
@@ -255,7 +260,8 @@ _RULES: Final[Mapping[str, Callable[[_Op], Class]]] = {
     "bmm": _product("self", "mat2"),
     "matmul": _product("self", "other"),
     "addmm": _product("mat1", "mat2", "self"),
-    "scaled_dot_product_attention": _attention,
+    "scaled_dot_product_attention": _attention("query", "key", "value", "attn_mask"),
+    "auxstream::decode_attention": _attention("q", "k", "v", "mask"),
     "embedding": _looked_up("weight", "indices"),
     "index": _indexed,
     "gather": _gathered,

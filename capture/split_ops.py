@@ -21,6 +21,7 @@ ATTENTION: Final = (
     "aten._efficient_attention_",
     "aten._cudnn_attention_",
     "higher_order.flex_attention",
+    "auxstream.decode_attention",
 )
 """How the names of ops begin that are split at by default."""
 

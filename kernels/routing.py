@@ -23,6 +23,8 @@ from .dataflow import Dataflow, positions
 
 _NO_EXPERTS: Final = ("aten", "auxstream_fused")
 """Namespaces whose ops are no mixture of experts, whatever weights they read: the second holds fused row kernels."""
+_ATTENTION: Final = "auxstream::decode_attention"
+"""Whose caches look like experts where nothing writes them."""
 EXPERT_OPS: Final = ("auto_deploy::*moe*", "sglang::*fused_experts*", "vllm::*fused_experts*", "vllm::moe_forward*")
 """Ops that are a mixture of experts whatever they are given: weights one by one, or found by a layer's name."""
 _ROUTERS: Final = ("*router*",)
@@ -61,7 +63,9 @@ class Weights:
                 products |= 1 << position
             if not pointwise and (experts or any(a in picked for a in node.all_input_nodes)):
                 stacked |= 1 << position
-            known = isinstance(node.target, OpOverload) and node.target.namespace in _NO_EXPERTS
+            known = isinstance(node.target, OpOverload) and (
+                node.target.namespace in _NO_EXPERTS or node.target._schema.name == _ATTENTION
+            )
             if not known and (len({flow.storages[a] for a in experts}) >= 2 or _is_expert_op(node)):
                 opaque |= 1 << position
         return Weights(products, stacked, opaque)
