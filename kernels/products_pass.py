@@ -104,9 +104,10 @@ def choose_products(gm: GraphModule, judge: Judge | None = None) -> ProductsRepo
     alone = [(product,) for product in products]
     times = _judged(gm, [*alone, *(group for group in groups if len(group) > 1)], judge or measured)
     replaced: list[Replaced] = []
+    instead: dict[Node, Node] = {}
     for group in groups:
         for part in _partition(group, times):
-            _replace(part)
+            _replace(part, instead)
             replaced.append(Replaced(_names(part), _shape(part), times[part]))
     return _finished(gm, replaced, len(products))
 
@@ -121,9 +122,10 @@ def choose_gated(gm: GraphModule, judge: Judge | None = None) -> ProductsReport:
             pairs[found[0]] = found[1]
     times = _judged(gm, list(pairs), judge or measured, {pair: name for pair, (_, name) in pairs.items()})
     replaced: list[Replaced] = []
+    instead: dict[Node, Node] = {}
     for pair, (tail, name) in pairs.items():
         if pair in times and times[pair].won:
-            _replace_gated(pair, tail, name)
+            _replace_gated(pair, tail, name, instead)
             replaced.append(Replaced(_names(pair), f"{_shape(pair)}, {name}", times[pair]))
     return _finished(gm, replaced, len(products))
 
@@ -308,19 +310,21 @@ def _partition(group: Group, times: Mapping[Group, Times]) -> Iterator[Group]:
 # --- replacing --------------------------------------------------------------------------------------------------------
 
 
-def _replace(group: Group) -> None:
-    first = group[0].node
+def _replace(group: Group, instead: dict[Node, Node]) -> None:
+    """`instead`: what took a product's place; its input may be one that is gone."""
+    first, x = group[0].node, instead.get(group[0].x, group[0].x)
     weights, biases = _in_front(group, first)
-    new = derived(first, "products", skinny_linear(), (group[0].x, weights, biases))
+    new = derived(first, "products", skinny_linear(), (x, weights, biases))
     for number, product in enumerate(group):
-        with_own = derived(product.node, "product", operator.getitem, (new, number))
-        product.node.replace_all_uses_with(with_own)
+        own = instead[product.node] = derived(product.node, "product", operator.getitem, (new, number))
+        product.node.replace_all_uses_with(own)
         product.node.graph.erase_node(product.node)
 
 
-def _replace_gated(pair: Group, tail: Node, name: str) -> None:
+def _replace_gated(pair: Group, tail: Node, name: str, instead: dict[Node, Node]) -> None:
     weights, biases = _in_front(pair, tail)
-    new = derived(tail, "gated", gated_linear(), (pair[0].x, *weights, biases, name))
+    x = instead.get(pair[0].x, pair[0].x)
+    new = instead[tail] = derived(tail, "gated", gated_linear(), (x, *weights, biases, name))
     tail.replace_all_uses_with(new)
     acted = next(iter(pair[0].node.users))
     for node in (tail, acted, pair[0].node, pair[1].node):
