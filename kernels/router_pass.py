@@ -201,7 +201,9 @@ def _require_alike(given: Tensors, rules: Rules, index: Tensor, weights: Tensor)
         best = best_of_groups(scores if given.bias is None else scores + given.bias, rules)
         ranked = best.sort(descending=True).values
         clear = ranked[:, rules.kept - 1] - ranked[:, rules.kept] > 4 * noise[:, 0]
-    best, found = choice.gather(1, chosen(scores, given, rules)), choice.gather(1, index)
+    # In any order: a selection may be one without.
+    best = choice.gather(1, chosen(scores, given, rules))
+    found = choice.gather(1, index).sort(descending=True).values
     alike = (best == found) | ((best - found).abs() <= 2 * noise)
     wrong = clear & ~alike.all(1)
     if wrong.any():
