@@ -84,6 +84,8 @@ class Laying:
         fused, report = self._base(tuple(region for region in plan.regions if not region.bare), trial)
         module = copy_of(fused)
         mark(module, bare)
+        if self._wanted(self._options.product_kernels):
+            choose_products(module)
         regions = insert_regions(module, handoff=self._options.handoff, order=plan.order)
         return Laid(module, report, regions)
 
@@ -93,7 +95,6 @@ class Laying:
             mark(module, regions)
             if self._wanted(self._options.product_kernels):
                 choose_gated(module)
-                choose_products(module)
             if self._options.mlir_elementwise_fusion:
                 report = fuse_elementwise(module, safe=parse_safety(self._options.fusion_safe), trial=trial)
                 compile_ahead(report.fusions)
