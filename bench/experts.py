@@ -14,7 +14,7 @@ import argparse
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -78,8 +78,9 @@ def grouped_mm(work: Work) -> Tensor:
     ids, order = torch.sort(work.chosen.reshape(-1))
     counts = torch.histc(ids.int(), bins=EXPERTS, min=0, max=EXPERTS - 1)
     offsets = torch.cumsum(counts, 0, dtype=torch.int32)
-    inner = activate(torch._grouped_mm(work.hidden[order // CHOICES], work.up.mT, offs=offsets), ACTIVATION, False)
-    rows = torch._grouped_mm(inner, work.down.mT, offs=offsets) * work.scale.reshape(-1)[order, None]
+    product = cast(Any, torch)._grouped_mm
+    inner = activate(product(work.hidden[order // CHOICES], work.up.mT, offs=offsets), ACTIVATION, False)
+    rows = product(inner, work.down.mT, offs=offsets) * work.scale.reshape(-1)[order, None]
     back = torch.empty_like(order)
     back[order] = torch.arange(order.numel(), device=order.device)
     return rows[back].view(work.tokens, CHOICES, -1).sum(1).to(work.hidden.dtype)
