@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from .call import Call, aten
-from .dataflow import RNG, Dataflow
-from .reach import region_of
+from .dataflow import Dataflow
 from .router import Rules, Tensors, refusal
+from .router_closed import Match, Unmatched, require_closed
 from .router_forms import (
     CASTS,
     DIVISIONS,
@@ -39,32 +36,7 @@ from .router_forms import (
     rank_of,
     value_of,
 )
-
-
-class Unmatched(Exception):
-    """Why a selection is not known as a router's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A router: `tensors` are the op's, `index` and `weights` what leaves it."""
-
-    selection: Node
-    hidden: Node
-    weight: Node
-    scale: Node | None
-    bias: Node | None
-    expert_scale: Node | None
-    rules: Rules
-    index: Node
-    weights: Node
-    nodes: tuple[Node, ...]
-    """In graph order: everything that is computed again by the op."""
-
-    @property
-    def tensors(self) -> tuple[Node | None, ...]:
-        """In the order of the op's arguments."""
-        return self.hidden, self.weight, self.scale, self.bias, self.expert_scale
+from .shapes import static
 
 
 def match(flow: Dataflow, selection: Node) -> Match:
@@ -74,7 +46,7 @@ def match(flow: Dataflow, selection: Node) -> Match:
     reader.back()
     reader.forward()
     found = reader.found(flow)
-    _require_closed(flow, found)
+    require_closed(flow, found)
     return found
 
 
@@ -190,7 +162,7 @@ class _Reader:
         if experts[0].arguments["k"] != 2:
             raise Unmatched(f"groups are ranked by their {experts[0].arguments['k']} best experts, not by two")
         self.groups, self.kept = experts[0].tensor("self").shape[1], ranked[0].arguments["k"]
-        if not isinstance(self.groups, int) or not isinstance(self.kept, int):
+        if not static((self.groups, self.kept)):
             raise Unmatched("groups are not of a known number")
         self.taken |= inside
 
@@ -367,57 +339,3 @@ class _Reader:
         if why := refusal(Tensors(values[0], values[1], *values[2:]), rules):
             raise Unmatched(why)
         return found
-
-
-# --- what may be replaced ---------------------------------------------------------------------------------------------
-
-
-def _require_closed(flow: Dataflow, found: Match) -> None:
-    """Nobody outside looks at what is inside, and nothing is written on the way."""
-    inside, seen = set(found.nodes), (found.index, found.weights)
-    own = [node for node in found.nodes if not is_shared(found, node)]
-    for node in own:
-        outside = next((user for user in node.users if user not in inside), None)
-        if outside is not None and node not in seen:
-            raise Unmatched(f"{outside} uses {node} too")
-    late = [node for node in found.tensors if node is not None and node.op != "get_attr" and found.selection < node]
-    if late:
-        raise Unmatched(f"{late[0]} is computed behind the selection")
-    values = [node.meta.get("val") for node in (*found.tensors, *found.nodes) if node is not None]
-    leaves = pytree.tree_leaves(values)
-    if len({id(leaf.fake_mode) if isinstance(leaf, FakeTensor) else 0 for leaf in leaves}) != 1:
-        raise Unmatched("it was not traced with values of one kind")
-    if len({region_of(node) for node in own}) != 1:
-        raise Unmatched("part of it is marked for a region")
-    for node in _written_inside(flow, found):
-        raise Unmatched(f"{node} writes to what is not the router's own")
-    first = dict[int, int]()  # per storage, where the match first looks at it
-    for node in reversed(found.nodes):
-        first |= dict.fromkeys(flow.storages[node] | flow.reads[node], flow.index[node])
-    last = flow.index[found.nodes[-1]]
-    for storage, start in first.items():
-        for node in flow.writers.get(storage, ()):
-            if node not in inside and start < flow.index[node] < last:
-                raise Unmatched(f"{node} writes to what it reads, in the middle of it")
-    barrier = next((p for p in range(flow.index[own[0]], last) if flow.barriers >> p & 1), None)
-    if barrier is not None:
-        raise Unmatched(f"{flow.nodes[barrier]} is in the middle of it, and may do anything")
-
-
-def _written_inside(flow: Dataflow, found: Match) -> Iterator[Node]:
-    inside = set(found.nodes)
-    for node in found.nodes:
-        if RNG in flow.writes[node] or any(flow.owner[storage] not in inside for storage in flow.writes[node]):
-            yield node
-
-
-def is_shared(found: Match, node: Node) -> bool:
-    """Whether a node is a cast or a view of the router's input or weights: others may use it, and then it stays."""
-    source = node.args[0] if node.args else None
-    while isinstance(source, Node) and source not in found.tensors and source in found.nodes and _is_look(source):
-        source = source.args[0]
-    return _is_look(node) and source in found.tensors
-
-
-def _is_look(node: Node) -> bool:
-    return node.target in (*RESHAPING, *CASTS)

@@ -24,8 +24,9 @@ from .call import aten
 from .dataflow import Dataflow
 from .derive import derived
 from .router import Rules, Tensors, best_of_groups, choices, chosen, logits, moe_router, scored, weighed
+from .router_closed import Match, Unmatched
 from .router_forms import RESHAPING
-from .router_match import Match, Unmatched, match
+from .router_match import match
 from .routing import Weights, routings
 
 _ROWS: Final = 64

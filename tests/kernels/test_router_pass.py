@@ -25,7 +25,8 @@ from auxstream.capture.trace import TracedGraph, trace
 from auxstream.kernels import fuse_elementwise, router_pass
 from auxstream.kernels.dataflow import Dataflow
 from auxstream.kernels.router import MOST_CHOSEN, Rules, Tensors, moe_router, scored, weighed
-from auxstream.kernels.router_match import Match, Unmatched, match
+from auxstream.kernels.router_closed import Match, Unmatched
+from auxstream.kernels.router_match import match
 from auxstream.kernels.router_pass import RouterReport, agree, fuse_routers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
