@@ -344,6 +344,28 @@ def test_a_norm_that_others_use_stays() -> None:
     assert torch.equal(gm(inputs())[1], fused(inputs())[1])
 
 
+def test_marks_go_with_the_op_and_part_of_a_router_cannot_be_marked() -> None:
+    gm = layer_of(sigmoid)
+    partly, wholly = copied(gm), copied(gm)
+    selections(partly)[-1].meta["auxstream"] = "router"
+    assert "marked for a region" in fuse_routers(partly).left[0].why
+    for node in wholly.graph.nodes:
+        node.meta["auxstream"] = "router"
+    fuse_routers(wholly)
+    assert [node.meta["auxstream"] for node in routers(wholly)] == ["router"]
+
+
+def test_nothing_that_may_do_anything_stands_in_the_middle() -> None:
+    gm = layer_of(sigmoid)
+    between, before = copied(gm), copied(gm)
+    for graph, name in ((between, "sigmoid"), (before, "x")):
+        node = next(n for n in graph.graph.nodes if n.name == name)
+        with graph.graph.inserting_after(node):
+            graph.graph.call_function(print, ()).meta["val"] = None
+    assert "may do anything" in fuse_routers(between).left[0].why
+    assert len(fuse_routers(before).fused) == 1
+
+
 def test_the_random_state_and_the_weights_are_left_as_they_were() -> None:
     gm, state = layer_of(normed), torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in gm.state_dict().items()}
