@@ -58,8 +58,8 @@ def require_closed(flow: Dataflow, found: Match) -> None:
     if late:
         raise Unmatched(f"{late[0]} is computed behind the selection")
     values = [node.meta.get("val") for node in (*found.tensors, *found.nodes) if node is not None]
-    leaves = pytree.tree_leaves(values)
-    if len({id(leaf.fake_mode) if isinstance(leaf, FakeTensor) else 0 for leaf in leaves}) != 1:
+    modes = {id(leaf.fake_mode) if isinstance(leaf, FakeTensor) else None for leaf in pytree.tree_leaves(values)}
+    if len(modes) != 1 or None in modes:
         raise Unmatched("it was not traced with values of one kind")
     if len({region_of(node) for node in own}) != 1:
         raise Unmatched("part of it is marked for a region")
@@ -68,6 +68,9 @@ def require_closed(flow: Dataflow, found: Match) -> None:
     first = dict[int, int]()  # per storage, where the match first looks at it
     for node in reversed(found.nodes):
         first |= dict.fromkeys(flow.storages[node] | flow.reads[node], flow.index[node])
+    for node in found.tensors:  # which the op looks at where the selection was, maybe earlier
+        for storage in flow.storages[node] if node is not None else ():
+            first[storage] = min(first[storage], flow.index[found.selection])
     last = flow.index[found.nodes[-1]]
     for storage, start in first.items():
         for node in flow.writers.get(storage, ()):

@@ -68,6 +68,7 @@ class Layer(nn.Module):
         self.expert_scale = nn.Parameter(torch.ones(EXPERTS, dtype=dtype))
         self.experts = normal(EXPERTS, WIDTH, WIDTH, scale=WIDTH**-0.5)
         self.register_buffer("counts", torch.zeros(TOKENS, WIDTH, dtype=dtype))
+        self.register_buffer("gain", torch.ones(EXPERTS))
 
     def forward(self, x: Tensor) -> Any:
         index, weights, *others = self.route(self, x)
@@ -191,6 +192,12 @@ def written_between(layer: Layer, x: Tensor) -> tuple[Any, ...]:
     return index, weights
 
 
+def gain_written(layer: Layer, x: Tensor) -> tuple[Any, ...]:
+    index, weights = softmax(layer, x)
+    layer.gain.view(-1).add_(1)
+    return index, weights * layer.gain[index]
+
+
 def index_written(layer: Layer, x: Tensor) -> tuple[Any, ...]:
     scores = nn.functional.linear(x.float(), layer.weight.float()).sigmoid()
     index = scores.topk(TOP_K).indices
@@ -227,6 +234,7 @@ LEFT: dict[str, tuple[Callable[..., tuple[Any, ...]], str]] = {
     "logits are returned": (logits_too, "uses linear too"),
     "a loss of the scores": (a_loss, "uses softmax too"),
     "hidden states change on the way": (written_between, "writes to what it reads"),
+    "a scale changes behind the selection": (gain_written, "writes to what it reads"),
     "the index changes on the way": (index_written, "writes to what it reads|are taken 0 times"),
     "a product with a bias": (with_a_bias, "not a product without a bias"),
     "scores in bfloat16": (rounded_scores, "scores are not float32"),
@@ -342,6 +350,14 @@ def test_a_norm_that_others_use_stays() -> None:
     assert len(report.fused) == 1
     assert report.fused[0].rules.eps is None
     assert torch.equal(gm(inputs())[1], fused(inputs())[1])
+
+
+def test_values_that_are_not_fake_are_said() -> None:
+    gm = layer_of(sigmoid)
+    for node in gm.graph.nodes:
+        if isinstance(value := node.meta.get("val"), Tensor):
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype)
+    assert "values of one kind" in fuse_routers(gm).left[0].why
 
 
 def test_marks_go_with_the_op_and_part_of_a_router_cannot_be_marked() -> None:
