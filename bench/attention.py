@@ -15,7 +15,6 @@ position, by a dozen kernels). Needs a GPU.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..kernels.ahead import make_ready
 from ..kernels.attention import Work, decode_attention, reference, settle
 from ..kernels.attention_plan import Plan, Sizes, plan, splits_for
 from ..runtime.errors import AuxstreamError
@@ -206,9 +206,8 @@ def compile_ahead(works: Sequence[tuple[Plan, Work]]) -> None:
         sizes = work.sizes
         one = (sizes.d, sizes.dv, sizes.group, cut.block, cut.warps, cut.stages, cut.scan(sizes.keys), cut.splits == 1)
         kernels.setdefault(one, (cut, work))
-    with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
-        for done in [pool.submit(settle(work, cut).compile, work) for cut, work in kernels.values()]:
-            done.result()
+    warmups = [warmup for cut, work in kernels.values() for warmup in settle(work, cut).warmups(work)]
+    make_ready(warmups, works[0][1].q.device)
     print(f"{len(kernels)} kernels compiled", flush=True)
 
 

@@ -14,6 +14,7 @@ A boolean mask is true where a key is seen. A mask of numbers hides what has the
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.errors import CaptureError, InputError
+from .ahead import make_ready
 from .attention_plan import Plan, Sizes, plan
 from .variants import next_power_of_two
 
@@ -50,6 +52,15 @@ class Work:
         batch, kv_heads, keys, d = self.k.shape
         group = self.q.shape[1] // kv_heads
         return Sizes(batch, kv_heads, group, keys, d, self.v.shape[3], self.k.element_size())
+
+    @property
+    def layout(self) -> Hashable:
+        """All that launches depend on."""
+        tensors = (self.q, self.k, self.v, self.mask)
+        return (
+            self.q.device, self.softcap,
+            *((x.shape, x.stride(), x.dtype) if x is not None else None for x in tensors),
+        )  # fmt: skip
 
     def mask_strides(self) -> tuple[int, int, int]:
         """From row to row, from head to head, from key to key; 0 where the mask is the same for all."""
@@ -154,16 +165,27 @@ class Launches:
     def combine(self, out: Tensor, parts: Tensor, peaks: Tensor, totals: Tensor) -> None:
         self.whole[self.whole_grid](parts, peaks, totals, out, self.splits, **self.whole_options)
 
-    def compile(self, work: Work) -> None:
-        """Compile for tensors like these; launch nothing."""
-        out = work.out()
-        parts = self.workspace(work, out)
-        self.part.warmup(*self._seen(work, *parts), grid=self.part_grid, **self.part_options)
+    def warmups(self, work: Work) -> list[Callable[[], Any]]:
+        """What compiles each kernel for tensors like these at aligned addresses; they may be fake."""
+        part = work.q.dtype if self.whole is None else torch.float32
+        given = (None if x is None else x.dtype for x in (work.q, work.k, work.v, work.mask))
+        seen = (*given, part, part, part, work.scale, *self.numbers)
+        found = [functools.partial(self.part.warmup, *seen, grid=self.part_grid, **self.part_options)]
         if self.whole is not None:
-            self.whole.warmup(*parts, out, self.splits, grid=self.whole_grid, **self.whole_options)
+            whole = (part, part, part, work.q.dtype, self.splits)
+            found.append(functools.partial(self.whole.warmup, *whole, grid=self.whole_grid, **self.whole_options))
+        return found
 
     def _seen(self, work: Work, *parts: Tensor) -> tuple[Any, ...]:
         return work.q, work.k, work.v, work.mask, *parts, work.scale, *self.numbers
+
+
+def compile_ahead(works: Iterable[Work]) -> None:
+    """Compile, side by side, the kernels of calls on one GPU; on a CPU there are none. Their tensors may be fake."""
+    layouts = {work.layout: work for work in works if work.q.is_cuda}
+    if layouts:
+        warmups = [warmup for work in layouts.values() for warmup in settle(work).warmups(work)]
+        make_ready(warmups, next(iter(layouts.values())).q.device)
 
 
 def settle(work: Work, chosen: Plan | None = None) -> Launches:
@@ -211,10 +233,7 @@ class Attention:
         out = work.out()
         if not out.numel():
             return out
-        key = (
-            work.q.device, work.softcap,
-            *((t.shape, t.stride(), t.dtype) if t is not None else None for t in (work.q, work.k, work.v, work.mask)),
-        )  # fmt: skip
+        key = work.layout
         found = self._settled.get(key)
         if found is None:
             found = self._settled[key] = self._settle(work)
@@ -251,9 +270,7 @@ _SCHEMA: Final = (
 )
 
 
-def work_of(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
-) -> Work:  # fmt: skip
+def work_of(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None) -> Work:
     """A call as kernels take it."""
     if mask is not None and mask.dim() < 4:
         mask = mask[(None,) * (4 - mask.dim())]

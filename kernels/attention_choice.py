@@ -94,22 +94,24 @@ def _trials(like: Work) -> list[Work]:
     each = sum(x.numel() * x.element_size() for x in (like.k, like.v))
     count = max(1, min(_MOST_TRIALS, -(-_BEYOND_CACHES // each)))
     return [
-        Work(*(_made(x) for x in (like.q, like.k, like.v)), _seen(like.mask), like.scale, like.softcap)
+        Work(_made(like.q), _made(like.k), _made(like.v), _seen(like.mask), like.scale, like.softcap)
         for _ in range(count)
     ]
 
 
 def _made(like: Tensor) -> Tensor:
-    found = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-    return found.normal_()
+    """Random numbers that lie as these do, whether or not several are one in memory."""
+    behind = 1 + sum((size - 1) * step for size, step in zip(like.shape, like.stride(), strict=True))
+    return torch.randn(behind, dtype=like.dtype, device=like.device).as_strided(like.shape, like.stride())
 
 
 def _seen(mask: Tensor | None) -> Tensor | None:
     """A mask that hides nothing."""
     if mask is None:
         return None
-    found = torch.empty_strided(mask.shape, mask.stride(), dtype=mask.dtype, device=mask.device)
-    return found.fill_(True) if mask.dtype is torch.bool else found.zero_()
+    found = torch.full((), mask.dtype is torch.bool, dtype=mask.dtype, device=mask.device)
+    behind = 1 + sum((size - 1) * step for size, step in zip(mask.shape, mask.stride(), strict=True))
+    return found.repeat(behind).as_strided(mask.shape, mask.stride())
 
 
 def _key(like: Work) -> str:

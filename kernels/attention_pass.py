@@ -12,8 +12,8 @@ Two forms are known, with keys and values that may be repeated over heads, `repe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from . import attention_choice
-from .attention import Work, decode_attention, refusal, work_of
+from .attention import Work, compile_ahead, decode_attention, refusal, work_of
 from .attention_choice import Choice
 from .call import Call
 from .dataflow import Dataflow
@@ -30,7 +30,6 @@ from .derive import derived
 aten = torch.ops.aten
 
 _RESHAPES: Final = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
-_PRODUCTS: Final = (aten.matmul.default, aten.bmm.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +74,13 @@ class _Found:
     """What only led to the result, from the last node back."""
 
     def work(self) -> Work:
-        q, k, v, mask = (None if node is None else node.meta["val"] for node in (self.q, self.k, self.v, self.mask))
-        return work_of(q, k, v, mask, self.scale, self.softcap)
+        q, k, v = (node.meta["val"] for node in (self.q, self.k, self.v))
+        return work_of(q, k, v, None if self.mask is None else self.mask.meta["val"], self.scale, self.softcap)
+
+    def with_new(self, new: Mapping[Node, Node]) -> _Found:
+        """With what nodes became that were replaced."""
+        mask = None if self.mask is None else new.get(self.mask, self.mask)
+        return replace(self, q=new.get(self.q, self.q), k=new.get(self.k, self.k), v=new.get(self.v, self.v), mask=mask)
 
 
 class _No(Exception):
@@ -87,37 +91,47 @@ def fuse_decode_attention(
     gm: GraphModule, choose: Callable[[Work], Choice] = attention_choice.choose
 ) -> AttentionReport:
     """Replace attention in `gm`, in place, where `choose` says so. The module is recompiled if anything changed."""
-    flow, sites, changed = Dataflow.of(gm), list[Site](), False
-    for node in flow.nodes:
-        if (read := _reader_of(node)) is None:
-            continue
-        try:
-            found = read(node)
-            _require_unchanged(flow, node, found)
-        except _No as why:
-            sites.append(Site(node.name, "kept", str(why)))
+    flow = Dataflow.of(gm)
+    met = {node: _read(flow, node, read) for node in flow.nodes if (read := _reader_of(node)) is not None}
+    compile_ahead(found.work() for found in met.values() if isinstance(found, _Found))
+    sites, new = list[Site](), dict[Node, Node]()
+    for node, found in met.items():
+        if isinstance(found, Site):
+            sites.append(found)
             continue
         choice = choose(found.work())
         sites.append(Site(node.name, choice, "torch's own is as fast here" if choice == "kept" else ""))
         if choice != "kept":
-            _replace(node, found, choice)
-            changed = True
-    if changed:
+            new[node] = _replace(node, found.with_new(new), choice)
+    if new:
         gm.recompile()
     return AttentionReport(tuple(sites))
+
+
+def _read(flow: Dataflow, node: Node, read: Callable[[Node], _Found]) -> _Found | Site:
+    """What the node computes, or why it stays as it is."""
+    try:
+        found = read(node)
+        _require_unchanged(flow, node, found)
+    except _No as why:
+        return Site(node.name, "kept", str(why))
+    return found
 
 
 def _reader_of(node: Node) -> Callable[[Node], _Found] | None:
     """How to read the node if it is the end of an attention with one query per row."""
     value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(value, Tensor) or value.dim() != 4 or value.shape[2] != 1:
+    if node.op != "call_function" or not isinstance(value, Tensor) or value.dim() != 4:
+        return None
+    queries: Any = value.shape[2]
+    if not isinstance(queries, int) or queries != 1:
         return None
     if node.target is aten.scaled_dot_product_attention.default:
         return _of_torch
-    return _by_hand if node.target in _PRODUCTS and _softmax_before(node) is not None else None
+    return _by_hand if node.target is aten.matmul.default and _softmax_before(node) is not None else None
 
 
-def _replace(node: Node, found: _Found, choice: Choice) -> None:
+def _replace(node: Node, found: _Found, choice: Choice) -> Node:
     tensors = (found.q, found.k, found.v, found.mask)
     if choice == "own":
         new = derived(node, "decode", decode_attention(), (*tensors, found.scale, found.softcap))
@@ -129,6 +143,7 @@ def _replace(node: Node, found: _Found, choice: Choice) -> None:
     for dead in found.inner:
         if not dead.users:
             node.graph.erase_node(dead)
+    return new
 
 
 def _require_unchanged(flow: Dataflow, node: Node, found: _Found) -> None:
@@ -159,30 +174,30 @@ def _by_hand(node: Node) -> _Found:
     """From the second product back to the first."""
     softmax = _softmax_before(node)
     assert softmax is not None
-    inner, at = list(_between(node.args[0], softmax)), softmax.args[0]
-    inner.append(softmax)
+    inner: list[Node] = [*_between(node.args[0], softmax), softmax]
+    at: Any = softmax.args[0]
     dims = softmax.meta["val"].dim()
     if softmax.args[1] not in (-1, dims - 1):
         raise _No("a softmax over something else than keys")
-    mask: Node | None = None
-    if isinstance(at, Node) and at.target is aten.add.Tensor and not at.kwargs:
+    mask: Any = None
+    if _is(at, aten.add.Tensor) and not at.kwargs:
         inner.append(at)
         at, mask = at.args
     softcap: float | None = None
-    if (capped := _scaled(at)) is not None and isinstance(at, Node) and _is(at.args[0], aten.tanh.default):
-        tanh = at.args[0]
-        divided = tanh.args[0]
+    if (capped := _scaled(at)) is not None and _is(at.args[0], aten.tanh.default):
+        tanh: Any = at.args[0]
+        divided: Any = tanh.args[0]
         if not _is(divided, aten.div.Tensor) or divided.args[1] != capped:
             raise _No("a tanh that is no softcap")
         softcap = capped
         inner += [at, tanh, divided]
         at = divided.args[0]
     scale = 1.0
-    if (factor := _scaled(at)) is not None and isinstance(at, Node):
+    if (factor := _scaled(at)) is not None:
         scale = factor
         inner.append(at)
         at = at.args[0]
-    if not isinstance(at, Node) or at.target not in _PRODUCTS:
+    if not _is(at, aten.matmul.default):
         raise _No(f"{softmax.name} is not the softmax of a product")
     inner.append(at)
     q, turned = at.args
@@ -195,20 +210,20 @@ def _by_hand(node: Node) -> _Found:
 
 
 def _found(
-    node: Node, q: Any, k: Any, v: Any, mask: Any, scale: float | None, softcap: float | None, inner: Sequence[Node]
+    node: Node, q: Any, k: Any, v: Any, mask: Any, scale: Any, softcap: float | None, inner: Sequence[Node]
 ) -> _Found:
     if not all(isinstance(x, Node) and isinstance(x.meta.get("val"), Tensor) for x in (q, k, v)):
         raise _No("queries, keys or values that are no tensors")
     if mask is not None and not (isinstance(mask, Node) and isinstance(mask.meta.get("val"), Tensor)):
         raise _No("a mask that is no tensor")
+    shapes = [size for x in (q, k, v, mask) if x is not None for size in x.meta["val"].shape]
+    if not all(isinstance(size, int) for size in shapes) or not isinstance(scale, (float, int, type(None))):
+        raise _No("sizes that are not numbers")
     (keys, key_copies, group), (values, value_copies, same) = _unrepeated(k), _unrepeated(v)
     if group != same:
         raise _No(f"keys repeated {group} times and values {same} times")
-    scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else scale
+    scale = q.meta["val"].shape[-1] ** -0.5 if scale is None else float(scale)
     found = _Found(q, keys, values, mask, scale, softcap, (node, *inner, *value_copies, *key_copies))
-    shapes = [size for x in (q, keys, values, mask) if x is not None for size in x.meta["val"].shape]
-    if not all(isinstance(size, int) for size in shapes) or not isinstance(scale, float | int):
-        raise _No("sizes that are not numbers")
     if why := refusal(found.work()):
         raise _No(why)
     return found

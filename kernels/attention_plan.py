@@ -11,9 +11,14 @@ from typing import Final
 
 from .variants import next_power_of_two
 
-MOST_SPLITS: Final = 128
+MOST_SPLITS: Final = 64
+"""Of one row and head of keys: what puts more parts together takes longer than they save."""
 _PROGRAMS: Final = 264
-"""As many as keep the largest cards busy twice over."""
+"""What runs at once on the largest cards, two to a multiprocessor: a few programs more would run alone, behind them."""
+_TILE: Final = 16384
+"""Bytes of keys and values that a program takes at a time, but for 16 keys at least: small loads, three in flight."""
+_FEW: Final = 16
+"""Parts that two warps put together."""
 _SCANS: Final = (256, 2048)
 """Sizes of what a program looks at at a time to find the keys it sees: few, for each is another kernel."""
 
@@ -56,13 +61,15 @@ class Plan:
 
 def plan(sizes: Sizes) -> Plan:
     """The plan for these sizes."""
-    row = next_power_of_two(max(sizes.d, sizes.dv)) * sizes.size
-    block = min(64, max(16, 32768 // row))
+    key = (next_power_of_two(sizes.d) + next_power_of_two(sizes.dv)) * sizes.size
+    block = min(64, max(16, next_power_of_two(_TILE // key)))
     splits = splits_for(sizes, block, _PROGRAMS)
-    return Plan(block, splits, 4, 2 if splits * block < sizes.keys else 1)
+    stages = 1 if splits * block >= sizes.keys else 3 if block * key <= 2 * _TILE else 2
+    cols, whole_warps = (128, 2) if splits <= _FEW else (64, 4)
+    return Plan(block, splits, 4, stages, cols, whole_warps)
 
 
 def splits_for(sizes: Sizes, block: int, programs: int) -> int:
-    """So many that there are about as many programs, and none without a block."""
-    wanted = -(-programs // (sizes.batch * sizes.kv_heads))
+    """So many that there are no more programs than that, and none without a block."""
+    wanted = programs // (sizes.batch * sizes.kv_heads)
     return max(1, min(wanted, -(-sizes.keys // block), MOST_SPLITS))

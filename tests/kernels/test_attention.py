@@ -21,7 +21,7 @@ from auxstream.runtime.errors import CaptureError, InputError
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = {  # batch, heads of keys, queries to each, keys, numbers in a key, in a value
-    "gemma4 sliding": (2, 2, 2, 100, 256, 256),
+    "gemma4 sliding": (2, 2, 2, 80, 256, 256),
     "gemma4 full": (1, 1, 8, 70, 512, 512),
     "one query to a head": (3, 3, 1, 33, 64, 64),
     "latent": (2, 2, 1, 65, 192, 128),
@@ -101,9 +101,10 @@ def no_worse(found: Tensor, given: Work) -> bool:
     return error(found, given) <= 1.1 * error(unfused(given), given) + 2**-22
 
 
-CASES = [(shape, mask, BF16) for shape in ("odd", "latent", "small") for mask in MASKS]
-CASES += [(shape, mask, BF16) for shape in list(SHAPES)[:3] for mask in ("none", "sliding")]
-CASES += [("odd", mask, dtype) for mask in MASKS for dtype in (F16, F32)]
+CASES = [("odd", mask, BF16) for mask in MASKS]
+CASES += [(shape, mask, BF16) for shape in SHAPES if shape != "odd" for mask in ("none", "sliding")]
+CASES += [("small", "per head", BF16), ("latent", "numbers", BF16)]
+CASES += [("odd", mask, dtype) for mask in ("causal", "numbers", "per head") for dtype in (F16, F32)]
 
 
 @pytest.mark.parametrize(("shape", "mask", "dtype"), CASES)
@@ -131,7 +132,7 @@ def test_softcap(mask: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["odd", "latent"])
 def test_the_reference_is_what_torch_computes(shape: str, mask: str) -> None:
     given = work(shape, mask, F32)
     torch.testing.assert_close(reference(given), unfused(given), rtol=2e-5, atol=2e-6)
@@ -146,8 +147,7 @@ PLANS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("cut", PLANS, ids=str)
-@pytest.mark.parametrize("mask", ["none", "sliding", "per head"])
+@pytest.mark.parametrize(("cut", "mask"), [*((cut, "sliding") for cut in PLANS), (PLANS[2], "per head")], ids=str)
 def test_every_plan_computes_the_same(cut: Plan, mask: str) -> None:
     given = work("odd", mask)
     assert no_worse(kernels(given, cut), given)
@@ -166,7 +166,7 @@ def test_more_keys_than_a_program_looks_at_at_a_time() -> None:
     generator = torch.Generator().manual_seed(0)
     k = torch.randn(1, 1, 5000, 16, generator=generator).to(DEVICE)
     key = torch.arange(5000, device=DEVICE)
-    for first, last in ((0, 3), (4990, 5000), (2040, 2060), (0, 5000)):
+    for first, last in ((0, 3), (4990, 5000), (2040, 2060)):
         given = Work(k[:, :, :1], k, k, ((key >= first) & (key < last))[None, None, None], 0.25)
         assert no_worse(kernels(given, Plan(64, 2, 4, 1)), given)
 
@@ -175,7 +175,7 @@ def test_more_keys_than_a_program_looks_at_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("mask", ["causal", "sliding", "floor", "numbers"])
-@pytest.mark.parametrize("cut", [None, Plan(16, 1, 4, 1), Plan(16, 3, 4, 2)], ids=str)
+@pytest.mark.parametrize("cut", [Plan(32, 1, 4, 1), Plan(32, 2, 4, 2)], ids=str)
 def test_what_nobody_sees_is_not_read(mask: str, cut: Plan | None) -> None:
     given = work("gemma4 sliding", mask)
     assert given.mask is not None
@@ -226,7 +226,7 @@ def test_caches_are_read_where_they_lie() -> None:
 def test_the_same_inputs_give_the_same_bits() -> None:
     given = work("gemma4 full")
     usual = kernels(given)
-    assert all(torch.equal(kernels(given), usual) for _ in range(3))
+    assert torch.equal(kernels(given), usual)
 
 
 # --- the op -----------------------------------------------------------------------------------------------------------
