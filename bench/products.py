@@ -5,13 +5,12 @@
 Measures: device time per call of one CUDA graph of calls with weights of their own, which no cache holds; variants
 interleaved. "cuBLAS" is torch's linear per weight, without what follows it; "eager" is that and the tail. Floors are
 the bytes of the weights at the pace of a read measured beside. Errors are against float64. `--sweep`: every candidate
-tile, fastest first; without it, the likeliest. Does not measure: the host, what runs beside. Needs a GPU.
+tile, fastest first; without it, those that users measure. Does not measure: the host, what runs beside. Needs a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..kernels.ahead import make_ready
 from ..kernels.products_launch import Launch, launches, run
-from ..kernels.products_tiles import every
+from ..kernels.products_tiles import every, likely
 from ..kernels.products_work import Tile, Work, reference
 from ..runtime.errors import AuxstreamError
 from .harness import Figure, device_time, interleave, write
@@ -59,6 +59,11 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "head": Shape(2816, (262144,)),
 }
 """Of Gemma-4-26B-A4B."""
+
+
+def there_is(shape: Shape, rows: int) -> bool:
+    """A kernel: what follows a pair is of one row."""
+    return shape.activation is None or rows == 1
 
 
 def stack(shape: Shape, rows: int) -> list[Work]:
@@ -119,14 +124,13 @@ def error(call: Callable[[Work], list[Tensor]], works: Sequence[Work]) -> float:
 
 
 def compile_all(jobs: Sequence[tuple[Work, Tile]]) -> None:
-    """Side by side, each kernel once; what does not compile says so when it is launched."""
+    """Side by side, each kernel once."""
     todo: dict[Any, Launch] = {}
     for work, tile in jobs:
         for launch in launches(work, work.outputs(), tile):
             key = (launch.kernel.fn.__name__, repr(sorted(launch.options.items(), key=str)))
             todo[key] = launch
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        concurrent.futures.wait([pool.submit(launch.compile) for launch in todo.values()])
+    make_ready([launch.compile for launch in todo.values()], torch.device("cuda"))
     print(f"{len(todo)} kernels compiled for {len(jobs)} candidates", flush=True)
 
 
@@ -152,9 +156,9 @@ def measure(name: str, rows: int, read: float, options: argparse.Namespace) -> d
     """One shape at one number of rows."""
     shape, began = SHAPES[name], time.perf_counter()
     calls = stack(shape, rows)
-    tiles = {str(tile): tile for tile in every(calls[0])}
+    tiles = {str(tile): tile for tile in (every(calls[0]) if options.sweep else likely(calls[0]))}
     floor = shape.nbytes / read / 1e6
-    picked = list(tiles)[:1]
+    picked = list(tiles)
     found: dict[str, Any] = {"floor us": floor}
     if options.sweep:
         figures = timed({key: by(tile) for key, tile in tiles.items()}, calls, 3)
@@ -197,17 +201,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     print(f"{torch.cuda.get_device_name()}: {read:.2f} TB/s read")
     results: dict[str, Any] = {"TB/s": read}
     jobs: list[tuple[Work, Tile]] = []
-    for shape in (SHAPES[name] for name in options.shapes):
-        for rows in options.rows:
-            x = torch.empty(rows, shape.summed, device="cuda", dtype=torch.bfloat16)
-            weights = tuple(torch.empty(n, shape.summed, device="cuda", dtype=torch.bfloat16) for n in shape.widths)
-            work = Work(x, weights, (), shape.activation)
-            jobs += [(work, tile) for tile in (every(work) if options.sweep else every(work)[:1])]
+    cells = [(name, rows) for name in options.shapes for rows in options.rows if there_is(SHAPES[name], rows)]
+    for shape, rows in ((SHAPES[name], rows) for name, rows in cells):
+        x = torch.empty(rows, shape.summed, device="cuda", dtype=torch.bfloat16)
+        weights = tuple(torch.empty(n, shape.summed, device="cuda", dtype=torch.bfloat16) for n in shape.widths)
+        work = Work(x, weights, (), shape.activation)
+        jobs += [(work, tile) for tile in (every(work) if options.sweep else likely(work))]
     compile_all(jobs)
     del jobs
-    for name in options.shapes:
-        for rows in options.rows:
-            results[f"{name}, {rows} rows"] = measure(name, rows, read, options)
+    for name, rows in cells:
+        results[f"{name}, {rows} rows"] = measure(name, rows, read, options)
     write(options.json, "products", results)
     return results
 

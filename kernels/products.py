@@ -1,9 +1,9 @@
 """Products of few rows with weights as two ops: `auxstream::skinny_linear` and `auxstream::gated_linear`.
 
 Enters: activations [..., K] of at most 32 rows in all, one to four weights [N, K] that share them, and a bias for each
-of them or none. Leaves: [..., N] per weight; or, of a gate and an up projection, act(gate) * up. Invariant: it can be
-captured (grids depend on shapes, nothing is read back, workspaces are the call's own); the same inputs give the same
-bits; values are rounded where eager rounds them, so results differ from eager's in the order of sums alone.
+of them or none. Leaves: [..., N] per weight; or, of one row, a gate and an up projection, act(gate) * up. Invariant: it
+can be captured (grids depend on shapes, nothing is read back, workspaces are the call's own); the same inputs give the
+same bits; values are rounded where eager rounds them, so results differ from eager's in the order of sums alone.
 """
 
 from __future__ import annotations
@@ -89,6 +89,6 @@ def skinny_linear() -> Any:
 
 
 def gated_linear() -> Any:
-    """The op `auxstream::gated_linear`: act(x @ gate.T) * (x @ up.T), act being "silu" or "gelu_tanh"."""
+    """The op `auxstream::gated_linear`: act(x @ gate.T) * (x @ up.T) of one row, act being "silu" or "gelu_tanh"."""
     _library()
     return torch.ops.auxstream.gated_linear.default

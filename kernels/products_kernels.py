@@ -1,8 +1,8 @@
 """Device code of products of few rows with weights: every weight is read once, at the pace of memory.
 
 Enters: rows of activations, one to four weights [N, K] that share them, and biases. Leaves: each weight's product; or,
-of a gate and an up projection, act(gate) * up, rounded wherever eager rounds. Invariant: programs write disjoint
-elements, every sum is float32 and has one fixed order, and addresses depend on shapes alone.
+of one row, a gate and an up projection, act(gate) * up, rounded wherever eager rounds. Invariant: programs write
+disjoint elements, every sum is float32 and has one fixed order, and addresses depend on shapes alone.
 
 A program's number says which weight it works on: weight i has the blocks before `e<i>`, `n<i>` outputs, and `s<i>` from
 row to row; of fewer than four, the last ones have no blocks. `x_t` is from row to row of the activations.
@@ -111,8 +111,8 @@ def product_one(
 def product_few(
     x, w0, w1, w2, w3, b0, b1, b2, b3, o0, o1, o2, o3, part, T, K, x_t, s0, s1, s2, s3, e0, e1, e2, n0, n1, n2, n3,
     splits, span,
-    BIASED: tl.constexpr, ACT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    BIASED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of every row; if SPLIT, their sums over one of the `splits` spans of columns, kept in `part`."""
     block = tl.program_id(0) // splits
@@ -124,40 +124,30 @@ def product_few(
     tokens, cols = tl.arange(0, TOKENS), split * span + tl.arange(0, COLS)
     there = rows[None, :] < n
     here = tokens[:, None] < T
-    gates = weights + rows[None, :].to(tl.int64) * stride + cols[:, None]
-    ups = w1 + rows[None, :].to(tl.int64) * s1 + cols[:, None]
+    from_here = weights + rows[None, :].to(tl.int64) * stride + cols[:, None]
     inputs = x + tokens[:, None] * x_t + cols[None, :]
-    g = tl.zeros([TOKENS, ROWS], tl.float32)
-    u = tl.zeros([TOKENS, ROWS], tl.float32)
+    total = tl.zeros([TOKENS, ROWS], tl.float32)
     for c in tl.range(0, span, COLS, num_stages=STAGES):
         at = tl.load(inputs + c, mask=here & (cols[None, :] < K - c), other=0.0)
         mask = there & (cols[:, None] < K - c)
-        g = dot(at, tl.load(gates + c, mask=mask, other=0.0, eviction_policy="evict_first"), g)
-        if ACT is not None:
-            u = dot(at, tl.load(ups + c, mask=mask, other=0.0, eviction_policy="evict_first"), u)
+        total = dot(at, tl.load(from_here + c, mask=mask, other=0.0, eviction_policy="evict_first"), total)
     if SPLIT:
         width = n0 + n1 + n2 + n3
         column = _of(block, e0, e1, e2, 0, n0, n0 + n1, n0 + n1 + n2)
         to = part + (split * T + tokens)[:, None] * width + (column + rows)[None, :]
-        tl.store(to, g, mask=here & there)
-        if ACT is not None:
-            tl.store(to + n0, u, mask=here & there)
+        tl.store(to, total, mask=here & there)
     else:
         if BIASED:
             bias = _of(block, e0, e1, e2, b0, b1, b2, b3)
-            g += dm.to_f32(tl.load(bias + rows, mask=rows < n, other=0.0))[None, :]
-            if ACT is not None:
-                u += dm.to_f32(tl.load(b1 + rows, mask=rows < n, other=0.0))[None, :]
-        if ACT is not None:
-            g = _gated(g, u, ACT, x.dtype.element_ty)
+            total += dm.to_f32(tl.load(bias + rows, mask=rows < n, other=0.0))[None, :]
         out = _of(block, e0, e1, e2, o0, o1, o2, o3)
-        tl.store(out + tokens[:, None] * n + rows[None, :], _rounded(g, x.dtype.element_ty), mask=here & there)
+        tl.store(out + tokens[:, None] * n + rows[None, :], _rounded(total, x.dtype.element_ty), mask=here & there)
 
 
 @triton.jit(do_not_specialize=["T", "e0", "e1", "e2", "n0", "n1", "n2", "n3", "splits"])
 def product_sum(
     part, b0, b1, b2, b3, o0, o1, o2, o3, T, e0, e1, e2, n0, n1, n2, n3, splits,
-    BIASED: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr,
+    BIASED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of one row: the spans' sums, added up in their order."""
     token, block = tl.program_id(0), tl.program_id(1)
@@ -165,17 +155,10 @@ def product_sum(
     n = _of(block, e0, e1, e2, n0, n1, n2, n3)
     rows = (block - _of(block, e0, e1, e2, 0, e0, e1, e2)) * ROWS + tl.arange(0, ROWS)
     mine = part + token * width + _of(block, e0, e1, e2, 0, n0, n0 + n1, n0 + n1 + n2) + rows
-    g = tl.zeros([ROWS], tl.float32)
-    u = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     for split in range(splits):
-        g += tl.load(mine + split * T * width, mask=rows < n, other=0.0)
-        if ACT is not None:
-            u += tl.load(mine + split * T * width + n0, mask=rows < n, other=0.0)
+        total += tl.load(mine + split * T * width, mask=rows < n, other=0.0)
     out = _of(block, e0, e1, e2, o0, o1, o2, o3)
     if BIASED:
-        g += dm.to_f32(tl.load(_of(block, e0, e1, e2, b0, b1, b2, b3) + rows, mask=rows < n, other=0.0))
-        if ACT is not None:
-            u += dm.to_f32(tl.load(b1 + rows, mask=rows < n, other=0.0))
-    if ACT is not None:
-        g = _gated(g, u, ACT, out.dtype.element_ty)
-    tl.store(out + token * n + rows, _rounded(g, out.dtype.element_ty), mask=rows < n)
+        total += dm.to_f32(tl.load(_of(block, e0, e1, e2, b0, b1, b2, b3) + rows, mask=rows < n, other=0.0))
+    tl.store(out + token * n + rows, _rounded(total, out.dtype.element_ty), mask=rows < n)

@@ -58,7 +58,7 @@ def _one(work: Work, outputs: Sequence[Tensor], tile: Tile) -> Launch:
     blocks, sizes = _cut(work, tile.rows)
     strides = _four([weight.stride(0) for weight in work.weights])
     arguments = (work.x, *_four(work.weights), *_biases(work), *_four(outputs), *strides, *sizes)
-    constants = {"K": work.summed, "ROWS": tile.rows, "COLS": tile.cols, "AHEAD": tile.ahead}
+    constants = {"K": work.summed, "ROWS": tile.rows, "COLS": tile.cols, "AHEAD": tile.ahead, "ACT": work.activation}
     return Launch(kernels.product_one, (blocks,), arguments, _options(work, tile) | constants)
 
 
@@ -67,7 +67,7 @@ def _few(work: Work, outputs: Sequence[Tensor], part: Tensor, tile: Tile) -> Lau
     span = -(-work.summed // (tile.splits * tile.cols)) * tile.cols
     tensors = (work.x, *_four(work.weights), *_biases(work), *_four(outputs), part)
     strides = (work.x.stride(0), *_four([weight.stride(0) for weight in work.weights]))
-    arguments = (*tensors, work.rows, work.summed, *strides, *_outs(work, sizes), tile.splits, span)
+    arguments = (*tensors, work.rows, work.summed, *strides, *sizes, tile.splits, span)
     constants = {"TOKENS": row_class(work.rows), "ROWS": tile.rows, "COLS": tile.cols, "STAGES": tile.stages}
     options = _options(work, tile) | constants | {"SPLIT": tile.splits > 1}
     return Launch(kernels.product_few, (blocks * tile.splits,), arguments, options)
@@ -75,7 +75,7 @@ def _few(work: Work, outputs: Sequence[Tensor], part: Tensor, tile: Tile) -> Lau
 
 def _sum(work: Work, outputs: Sequence[Tensor], part: Tensor, tile: Tile) -> Launch:
     blocks, sizes = _cut(work, _SUM_ROWS)
-    arguments = (part, *_biases(work), *_four(outputs), work.rows, *_outs(work, sizes), tile.splits)
+    arguments = (part, *_biases(work), *_four(outputs), work.rows, *sizes, tile.splits)
     options = _options(work, tile) | {"ROWS": _SUM_ROWS, "num_warps": 4}
     return Launch(kernels.product_sum, (work.rows, blocks), arguments, options)
 
@@ -91,13 +91,8 @@ def _cut(work: Work, rows: int) -> tuple[int, tuple[int, ...]]:
     return end, (*ends[:3], *widths)
 
 
-def _outs(work: Work, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The same with as many ups as gates among the sums of a gated product."""
-    return sizes if work.activation is None else (*sizes[:4], sizes[3], *sizes[5:])
-
-
 def _options(work: Work, tile: Tile) -> dict[str, Any]:
-    options = {"BIASED": bool(work.biases), "ACT": work.activation, "num_warps": tile.warps}
+    options = {"BIASED": bool(work.biases), "num_warps": tile.warps}
     return options | {"enable_fp_fusion": False, "enable_reflect_ftz": False}
 
 

@@ -2,9 +2,9 @@
 
 Enters: a graph whose weights are its attributes. Leaves: the same graph with `auxstream::skinny_linear` in place of
 products, those that share their input in one launch if that is faster, and a `ProductsReport`; `choose_gated` does the
-same of a gate and an up projection with act(gate) * up behind them, for which it must come before fusion. Invariant:
-all nodes that become one have the same region, or none; without times (no GPU, say) nothing is replaced; metadata is
-kept.
+same of one row's gate and up projections with act(gate) * up behind them, for which it must come before fusion.
+Invariant: all nodes that become one have the same region, or none; without times (no GPU, say) nothing is replaced;
+metadata is kept.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def _undisturbed(flow: Dataflow, first: _Product, last: Node) -> bool:
 
 
 def _pair(flow: Dataflow, products: Mapping[Node, _Product], tail: Node) -> tuple[Group, tuple[Node, str]] | None:
-    """A gate and an up projection that meet in act(gate) * up, which nobody else reads."""
+    """A gate and an up projection of one row that meet in act(gate) * up, which nobody else reads."""
     if tail.target is not aten.mul.Tensor or len(tail.all_input_nodes) != 2:
         return None
     for acted, up in (tail.args, tail.args[::-1]):
@@ -236,6 +236,7 @@ def _pair(flow: Dataflow, products: Mapping[Node, _Product], tail: Node) -> tupl
         same = same and len({node.meta.get("auxstream") for node in (gate, up, acted, tail)}) == 1
         same = same and len({node.meta["val"].dtype for node in (gate, up, acted, tail)}) == 1
         same = same and gate.meta["val"].shape == up.meta["val"].shape
+        same = same and gate.meta["val"].numel() == gate.meta["val"].shape[-1]
         first = min(pair, key=lambda product: flow.index[product.node])
         if alone and same and _undisturbed(flow, first, tail):
             return pair, (tail, name)

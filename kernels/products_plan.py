@@ -7,7 +7,6 @@ once is never measured again, so that a class has the same bits in every process
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..runtime.errors import CaptureError
 from . import store
+from .ahead import make_ready
 from .launch import device_name
 from .products_launch import launches, run
 from .products_tiles import likely
@@ -93,9 +93,8 @@ def _read(work: Work) -> Verdict | None:
 def _measured(works: Sequence[Work]) -> Verdict:
     cold = _cold(works)
     tiles = likely(cold[0])
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        todo = [launch for tile in tiles for launch in launches(cold[0], cold[0].outputs(), tile)]
-        concurrent.futures.wait([pool.submit(launch.compile) for launch in todo])
+    todo = [launch.compile for tile in tiles for launch in launches(cold[0], cold[0].outputs(), tile)]
+    make_ready(todo, cold[0].x.device)
     ways: dict[Tile | None, _Round] = {tile: _Round([_by(work, tile) for work in cold]) for tile in tiles}
     ways[None] = _Round([_by_cublas(work) for work in cold])
     with torch.no_grad():

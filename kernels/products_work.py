@@ -51,7 +51,7 @@ class Work:
     biases: tuple[Tensor, ...] = ()
     """None, or one [N] per weight, contiguous"""
     activation: str | None = None
-    """Of a gate and an up projection: act(gate) * up is what leaves. "silu" or "gelu_tanh"."""
+    """Of a gate and an up projection of one row: act(gate) * up is what leaves. "silu" or "gelu_tanh"."""
 
     @property
     def rows(self) -> int:
@@ -94,6 +94,8 @@ def refusal(work: Work) -> str:
     if work.activation is not None:
         if work.activation not in ACTIVATIONS:
             return f"activation {work.activation!r}: {' or '.join(ACTIVATIONS)}"
+        if work.rows > 1:
+            return f"{work.rows} rows with an activation: at most one"
         if len(work.weights) != 2 or work.weights[0].shape != work.weights[1].shape:
             return f"{len(work.weights)} weights with an activation: a gate and an up projection of one shape"
     return ""

@@ -18,16 +18,17 @@ from auxstream.kernels.products_tiles import likely
 from auxstream.kernels.products_work import Work
 
 SIZES = {
-    "qkv": (2816, (4096, 2048, 2048), None),
-    "o": (8192, (2816,), None),
-    "down": (2112, (2816,), None),
-    "gated": (2816, (2112, 2112), "gelu_tanh"),
+    "qkv": (2816, (4096, 2048, 2048), None, (1, 8, 32)),
+    "o": (8192, (2816,), None, (1, 8)),
+    "down": (2112, (2816,), None, (1, 8)),
+    "gated": (2816, (2112, 2112), "gelu_tanh", (1,)),
 }
 
 
 def main() -> None:
-    for name, (summed, widths, activation) in SIZES.items():
-        for rows, biased in ((1, False), (8, True), (32, False)):
+    for name, (summed, widths, activation, numbers) in SIZES.items():
+        for rows in numbers:
+            biased = rows == 8
             x, *weights = (torch.empty(n, summed, dtype=torch.bfloat16, device="meta") for n in (rows, *widths))
             biases = tuple(x.new_empty(n) for n in widths) if biased else ()
             work = Work(x, tuple(weights), biases, activation)

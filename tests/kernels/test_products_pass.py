@@ -285,7 +285,8 @@ def _gated_twice(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     ],
 )
 def test_what_is_a_gated_product(compute: Any, found: list[int]) -> None:
-    assert replaced(compute, gated=True) == found
+    assert replaced(compute, rows=1, gated=True) == found
+    assert replaced(compute, rows=2, gated=True) == []
 
 
 @pytest.mark.gpu
