@@ -8,7 +8,6 @@ the others are.
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import hashlib
 import itertools
@@ -22,6 +21,7 @@ from torch import Tensor
 from ..runtime.errors import CaptureError
 from . import experts_few as few
 from . import experts_many as many
+from .ahead import make_ready
 from .experts_few import Launch, Tile
 from .experts_work import Work, require
 from .tune import choose
@@ -151,7 +151,7 @@ def settle(work: Work, device: str) -> Plan:
     key = _key(work, device)
     plan = default(work)
     launches = [_candidates(trial, plan) for trial in trials]
-    compile_all(launch for product in launches[0] for launch in product.values())
+    make_ready((launch.compile for product in launches[0] for launch in product.values()), work.hidden.device)
     plan = replace(
         plan,
         up=_fastest(f"{key}-{form}-up", {tile: [up[tile] for up, _ in launches] for tile in launches[0][0]}),
@@ -167,12 +167,6 @@ def _fastest(key: str, calls: Mapping[_Choice, Sequence[Callable[[], object]]]) 
     rounds = {choice: _Round(each) for choice, each in calls.items()}
     best = choose(key, rounds, ())
     return next(choice for choice, each in rounds.items() if each is best)
-
-
-def compile_all(launches: Iterable[Launch]) -> None:
-    """Side by side; what does not compile says so when it is launched."""
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        concurrent.futures.wait([pool.submit(launch.compile) for launch in launches])
 
 
 class _Round:
