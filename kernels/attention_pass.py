@@ -151,7 +151,7 @@ def _require_unchanged(flow: Dataflow, node: Node, found: _Found) -> None:
     first = min(flow.index[inner] for inner in found.inner)
     for source in (found.q, found.k, found.v, found.mask):
         for storage in flow.storages[source] if source is not None else ():
-            for writer in flow.writers[storage]:
+            for writer in flow.writers.get(storage, ()):
                 if first < flow.index[writer] < flow.index[node] and writer is not flow.owner[storage]:
                     raise _No(f"{writer.name} writes what {found.inner[-1].name} has read, before it is used")
     if any(flow.barriers >> position & 1 for position in range(first, flow.index[node])):
