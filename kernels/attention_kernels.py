@@ -10,7 +10,7 @@ are float32, and weights nearly as good. Strides are named `b`, `h` and `n`: fro
 key to key; a head's numbers lie side by side.
 """
 
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import triton
