@@ -18,9 +18,9 @@ from auxstream.kernels.products_tiles import likely
 from auxstream.kernels.products_work import Work
 
 SIZES = {
-    "qkv": (2816, (4096, 2048, 2048), None, (1, 8, 32)),
-    "o": (8192, (2816,), None, (1, 8)),
-    "down": (2112, (2816,), None, (1, 8)),
+    "qkv": (2816, (4096, 2048, 2048), None, (1, 8)),
+    "o": (8192, (2816,), None, (8, 32)),
+    "down": (2112, (2816,), None, (1,)),
     "gated": (2816, (2112, 2112), "gelu_tanh", (1,)),
 }
 

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+import auxstream
+from auxstream.capture import Options
 from auxstream.capture.branches import candidates
 from auxstream.capture.costs import cost_of
+from auxstream.capture.graphs import CapturedGraph
+from auxstream.capture.laying import Laying
+from auxstream.capture.policy import Plan
+from auxstream.capture.program import Op
 from auxstream.capture.proposals import propose
+from auxstream.capture.schedule import insert_regions
 from auxstream.capture.trace import trace
 from auxstream.kernels import fuse_elementwise
 from auxstream.kernels.dataflow import Dataflow
@@ -196,6 +203,65 @@ def test_fusion_leaves_them_alone_in_either_order() -> None:
         assert not calls(gm, aten.linear.default)
         Dataflow.of(gm)
         gm.graph.lint()
+
+
+def _marks(gm: GraphModule) -> list[tuple[str, object]]:
+    return [(node.name, node.meta["auxstream"]) for node in gm.graph.nodes if "auxstream" in node.meta]
+
+
+def test_the_markers_regions_survive() -> None:
+    """A gated product takes the place of four nodes of its region; all others keep their marks."""
+    gm = decode_step("gemma4").graph_module
+    before, flow = _marks(gm), Dataflow.of(gm)
+    tails = [node for node in flow.nodes if node.target is aten.mul.Tensor and "gelu" in str(node.args)]
+    gone = {gate for node in tails for gate in (node.name, *(given.name for given in node.all_input_nodes))}
+    gone |= {node.args[0].name for node in calls(gm, aten.gelu.default)}
+    choose_gated(gm, win)
+    launches = calls(gm, gated_linear())
+    own = {node.name for node in launches}
+    assert {mark for _, mark in before} == {node.meta["auxstream"] for node in launches}
+    assert len(launches) == 2 == len({mark for _, mark in before})
+    assert [one for one in _marks(gm) if one[0] not in own] == [one for one in before if one[0] not in gone]
+    assert len(before) - len(_marks(gm)) == 3 * len(launches)
+    assert sorted(region.name for region in insert_regions(gm)) == sorted({str(mark) for _, mark in before})
+
+
+def compiled(**options: Any) -> tuple[list[Tensor], CapturedGraph]:
+    from auxstream.capture.huggingface import DecodeStep, build, gemma4_config
+
+    model = DecodeStep(build(gemma4_config(2, "tiny")), 1, 16)
+    asked = Options(mlir_elementwise_fusion=False, product_kernels=True, **options)
+    fast = auxstream.compile(model, inputs(position=3), asked)
+    with torch.no_grad():
+        found = [fast(*inputs(position=position)).clone() for position in range(4)]
+    return [*found, *(buffer.clone() for state in model.caches() for buffer in state.values())], fast.graph
+
+
+def _ops(graph: CapturedGraph) -> list[str]:
+    return [str(step.func) for step in graph.program.steps if isinstance(step, Op)]
+
+
+def test_overlapped_is_serial_bit_for_bit_on_the_simulated_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through `compile`; ops of our own are there, and regions too."""
+    monkeypatch.setattr("auxstream.kernels.products_pass.measured", win)
+    serial, alone = compiled(multi_stream_moe=False)
+    overlapped, graph = compiled()
+    assert not alone.regions
+    assert len(graph.regions) == 2
+    assert graph.report.ok
+    for found in (_ops(alone), _ops(graph)):
+        assert sum("skinny_linear" in name for name in found) >= 9
+        assert sum("gated_linear" in name for name in found) == 2
+        assert not any("linear.default" in name and "aten" in name for name in found)
+    assert all(map(torch.equal, serial, overlapped))
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_switch_decides(on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("auxstream.kernels.products_pass.measured", win)
+    laying = Laying(decode_step("gemma4"), Options(mlir_elementwise_fusion=False, product_kernels=on), False, {})
+    gm = laying.lay(Plan(()), False).module
+    assert bool(calls(gm, skinny_linear())) == bool(calls(gm, gated_linear())) == on
 
 
 # --- forms of products, and what is none ------------------------------------------------------------------------------
