@@ -58,13 +58,13 @@ class Captured:
 _KINDS: Final = (
     ("pointwise", ("triton_poi_", "triton_red_", "triton_per_", "triton_for_")),
     ("attention", ("flash", "fmha", "attention", "sdpa")),
-    ("product", ("gemm", "gemv", "nvjet", "cutlass", "cublas", "splitk", "triton_tem_", "triton_mm")),
+    ("product", ("gemm", "gemv", "nvjet", "cutlass", "cublas", "splitk", "triton_tem_", "triton_mm", "product_")),
     ("sort, top-k, scan", ("topk", "sort", "radix", "scan", "histogram", "kth")),
     ("copy", ("memcpy", "memset")),
     ("pointwise", ("fused_", "elementwise", "reduce_kernel", "softmax", "index", "catarray", "scatter", "gather")),
 )
-"""Parts of kernels' names, in lower case; the first that fits decides. Ours begin with "fused_", Inductor's with
-"triton_"; "pointwise" is elementwise work, reductions, and what moves elements by index."""
+"""Parts of kernels' names, in lower case; the first that fits decides. Fused ones of ours begin with "fused_",
+Inductor's with "triton_"; "pointwise" is elementwise work, reductions, and what moves elements by index."""
 KINDS: Final = (*dict.fromkeys(kind for kind, _ in _KINDS), "other")
 
 

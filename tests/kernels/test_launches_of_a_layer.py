@@ -29,6 +29,9 @@ NAMES = {
     "void at::native::index_elementwise_kernel<128, 4>": "pointwise",
     "void at::native::reduce_kernel<512, 1>": "pointwise",
     "Memcpy DtoD (Device -> Device)": "copy",
+    "product_one": "product",
+    "product_sum": "product",
+    "router_product_few": "product",
     "something_new": "other",
 }
 
