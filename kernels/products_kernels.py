@@ -8,7 +8,7 @@ A program's number says which weight it works on: weight i has the blocks before
 row to row; of fewer than four, the last ones have no blocks. `x_t` is from row to row of the activations.
 """
 
-# pyright: basic
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false
 from __future__ import annotations
 
 import triton
