@@ -26,10 +26,10 @@ import auxstream.capture
 from auxstream.capture import graphs
 from auxstream.capture import launches as launches_module
 from auxstream.capture.compiler import CompiledModel
-from auxstream.capture.policy import Choice, Plan
 from auxstream.capture.evidence import Evidence, Node, span
 from auxstream.capture.graphs import CapturedGraph, CudaGraph, GraphMemory
 from auxstream.capture.launches import ReplayRaceError, Watch, watch
+from auxstream.capture.policy import Choice, Plan
 from auxstream.capture.program import Buffer
 from auxstream.capture.simulate import Simulation
 from auxstream.capture.timeline import Timeline

@@ -13,7 +13,7 @@ from auxstream.capture.program import Op
 from auxstream.runtime.errors import SettingsError
 
 pytest.importorskip("transformers")
-from auxstream.capture.huggingface import DecodeStep, build, gemma4_config  # noqa: E402
+from auxstream.capture.huggingface import DecodeStep, build, gemma4_config
 
 SWITCHES = ("decode_attention", "router_kernels")
 
