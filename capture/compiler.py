@@ -172,7 +172,8 @@ class _Pipeline:
         if not left or self.device.type != "cuda" or options.mode == "none" or SETTINGS.disable:
             return unmeasured(demanded, left)
         unseen = replace(options, dump_dir=None, progress=None)
-        rest = (torch.__version__, torch.cuda.get_device_name(self.device), self.name, unseen)
+        outside = (rules, SETTINGS.fusion_safe, SETTINGS.fusion_safe_regions)
+        rest = (torch.__version__, torch.cuda.get_device_name(self.device), self.name, unseen, outside)
         key = key_of(laying.graph, proposals, rest)
         choice = remembered(key, demanded, left)
         if choice is None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import auxstream
 from auxstream.capture import Options, insert_regions, laying, policy, proposals
+from auxstream.capture import race as race_module
 from auxstream.capture.laying import Laying
 from auxstream.capture.policy import Plan, Result, key_of, measured, remember, remembered, ruled, unmeasured
 from auxstream.capture.proposals import Proposal, Region, copy_of, mark, propose
@@ -273,6 +275,34 @@ def test_of_two_branches_that_share_nodes_one_is_laid() -> None:
 )
 def test_a_draw_is_no_win(after: list[float], won: bool) -> None:
     assert judged([1.0] * 12, after).won is won
+
+
+def test_a_race_leaves_what_it_wrote_as_it_was_and_keeps_the_winner(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = torch.zeros(3)
+    built: list[str] = []
+
+    class Writes:
+        def replay(self) -> None:
+            cache.add_(1)
+
+    def build(plan: Plan) -> Any:
+        if K in plan.parts:
+            raise auxstream.AuxstreamError("no such plan")
+        built.append(str(plan))
+        return Writes()
+
+    def timed(one: Callable[[], object], other: Callable[[], object]) -> Result:
+        one()
+        other()
+        return Result(2.0, 1.0, won=True)
+
+    monkeypatch.setattr(race_module, "race", timed)
+    racing = race_module.Racing(build, [cache], torch.device("cpu"))
+    assert racing(Plan(), Plan((SHARED,))) == Result(2.0, 1.0, won=True)
+    assert racing(Plan((SHARED,)), Plan((SHARED, V))) == Result(2.0, 1.0, won=True)
+    assert racing(Plan((SHARED, V)), Plan((K,))) == "no such plan"
+    assert cache.eq(0).all()
+    assert built == [str(Plan()), str(Plan((SHARED,))), str(Plan((SHARED, V)))]  # the winner is not captured again
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
