@@ -336,7 +336,9 @@ def test_the_same_bits_every_time(name: str, tokens: int) -> None:
     first = router(given, rules)
     assert len(differing(first[0], given, rules)) <= tokens // 20
     eager = error(*reference(given, rules), given, rules)
-    assert error(*first, given, rules) <= (1.1 if tokens >= 32 else 2.0) * eager + 2**-22
+    # Tensor cores add float32 with fewer bits than the rest: 5.4e-7 at 300 tokens, where eager is off by 7.4e-8.
+    rounding = 2**-20 if weight is F32 and tokens >= 32 else 2**-22
+    assert error(*first, given, rules) <= (1.1 if tokens >= 32 else 2.0) * eager + rounding
     for _ in range(20):
         assert all(map(torch.equal, first, router(given, rules)))
 
