@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import auxstream
-from auxstream.capture import Options, insert_regions, laying, policy, proposals
+from auxstream.capture import Options, compiler, insert_regions, laying, policy, proposals
 from auxstream.capture import race as race_module
+from auxstream.capture.inputs import StaticInputs
 from auxstream.capture.laying import Laying
-from auxstream.capture.policy import Plan, Result, key_of, measured, remember, remembered, ruled, unmeasured
+from auxstream.capture.policy import Choice, Plan, Result, key_of, measured, remember, remembered, ruled, unmeasured
 from auxstream.capture.proposals import Proposal, Region, copy_of, mark, propose
 from auxstream.capture.race import judged
 from auxstream.capture.trace import trace
 from auxstream.kernels import store
-from auxstream.runtime.settings import parse_overlap
+from auxstream.runtime.settings import Settings, parse_overlap
 
 WIDTH = 16
 
@@ -326,6 +327,33 @@ def test_a_choice_is_remembered_and_fits_a_graph_traced_again(
     assert again.source == "cached"
     assert again.plan == choice.plan
     assert remembered(other, (), offered[1][:1]) is None  # what it chose is not offered any more
+
+
+def test_a_choice_made_under_other_rules_is_not_taken(
+    small: None, model: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    raced: list[int] = []
+
+    def measured_here(demanded: Sequence[Proposal], left: Sequence[Proposal], race: object) -> Choice:
+        raced.append(len(left))
+        return Choice(Plan(tuple(demanded)), "measured")
+
+    monkeypatch.setattr(store, "folder", lambda: tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(compiler, "measured", measured_here)
+    monkeypatch.setattr(compiler._Pipeline, "_racing", lambda *given: None)
+    static = StaticInputs((torch.randn(4, WIDTH),))
+    traced = trace(model, static.args)
+
+    def source() -> str:
+        pipeline = compiler._Pipeline(Options(), torch.device("cuda"), "model", {}, ())
+        return pipeline._choose(static, traced, Laying(traced, Options(), False, {})).source
+
+    assert [source(), source()] == ["measured", "cached"]
+    for settings in (Settings(overlap=(("layers.1.*", "off"),)), Settings(fusion_safe=(("*", "1"),))):
+        monkeypatch.setattr(compiler, "SETTINGS", settings)
+        assert [source(), source()] == ["measured", "cached"]
+    assert len(raced) == 3
 
 
 def test_a_damaged_file_is_no_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
