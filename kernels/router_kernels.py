@@ -11,7 +11,7 @@ Note "keys": float32 as int32 in the same order, NaN above infinity, as torch.to
 is first. A warp finds the largest int32 in one instruction, so a selection is one warp.
 """
 
-# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import triton
