@@ -32,6 +32,9 @@ measure 580 fusion bench.fusion
 measure 300 ffn bench.ffn
 measure 580 decode bench.decode
 measure 300 capture bench.capture
+for kernels in experts router attention products; do
+    measure 300 "$kernels" "bench.$kernels"
+done
 measure 500 memory bench.memory
 measure 300 first-replay bench.first_replay
 for batch in 1 8 32; do
