@@ -7,7 +7,6 @@ run the same kernels, so equal bits are the right thing to ask for.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from .capture.schedule import insert_regions
 from .capture.state import bits
 from .capture.trace import trace
 from .kernels import fuse_elementwise
+from .kernels.derive import copy_of
 from .kernels.launch import compile_ahead
 from .runtime.errors import AuxstreamWarning
 
@@ -104,8 +104,7 @@ class Workbench:
 
     def step(self, regions: Sequence[str], name: str) -> Step:
         """The step with these regions on lanes, and everything else on one stream."""
-        module = GraphModule(self._module, copy.deepcopy(self._module.graph))
-        module.meta = dict(self._module.meta)
+        module = copy_of(self._module)
         caches: list[Tensor] = []
         for state in self.states:
             owner, _, leaf = state.rpartition(".")

@@ -13,7 +13,6 @@ torch.compile may fail or take too long: that is reported, and what was measured
 from __future__ import annotations
 
 import argparse
-import copy
 import re
 import signal
 import time
@@ -30,6 +29,7 @@ from ..capture.huggingface import DecodeStep, build, gemma4_config
 from ..capture.mark import mark_multi_stream_moe_shared_experts
 from ..capture.trace import trace
 from ..kernels import FusionReport, fuse_elementwise
+from ..kernels.derive import copy_of
 from ..kernels.launch import compile_ahead
 from ..runtime.errors import AuxstreamError
 from ..runtime.settings import SafetyRules
@@ -48,20 +48,14 @@ _PASSED = ("getitem", "view", "reshape", "unsqueeze", "squeeze", "transpose", "e
 
 def variants(traced: GraphModule) -> Iterator[tuple[str, GraphModule, FusionReport | None, dict[str, float]]]:
     """The graph at each stage of fusion: its name, what was fused, and the seconds that took."""
-    yield "unfused", _copied(traced), None, {}
+    yield "unfused", copy_of(traced), None, {}
     stages: dict[str, SafetyRules] = {"fused on the caller": (), EVERYWHERE: (("*", "1"),)}
     for name, safe in stages.items():
-        module, start = _copied(traced), time.perf_counter()
+        module, start = copy_of(traced), time.perf_counter()
         report = fuse_elementwise(module, safe=safe)
         fused = time.perf_counter()
         compile_ahead(report.fusions)
         yield name, module, report, {"fuse": fused - start, "compile or load": time.perf_counter() - fused}
-
-
-def _copied(module: GraphModule) -> GraphModule:
-    copied = GraphModule(module, copy.deepcopy(module.graph))
-    copied.meta = dict(module.meta)
-    return copied
 
 
 @contextmanager
@@ -210,7 +204,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         try:
             start = time.perf_counter()
             with limit(options.compile_limit):
-                compiled = torch.compile(_copied(traced), dynamic=False, fullgraph=True)
+                compiled = torch.compile(copy_of(traced), dynamic=False, fullgraph=True)
                 bench.add(COMPILED, compiled)
             print(f"  {time.perf_counter() - start:.0f} s to compile", flush=True)
             bench.compare()

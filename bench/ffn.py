@@ -11,19 +11,18 @@ and the extra `hf`.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from ..capture.huggingface import build, gemma4_config
 from ..capture.mark import mark_multi_stream_moe_shared_experts
 from ..capture.schedule import insert_regions
 from ..capture.trace import trace
 from ..kernels import fuse_elementwise
+from ..kernels.derive import copy_of
 from ..runtime.errors import AuxstreamError
 from .harness import interleave, write
 from .launches import Captured, by_kind
@@ -57,7 +56,7 @@ def graphs(model: FeedForward, hidden: Tensor) -> dict[str, Callable[[Tensor], T
     found: dict[str, Callable[[Tensor], Tensor]] = {}
     for fusion in FUSIONS:
         for streams in ("one stream", "aux stream"):
-            gm = GraphModule(traced, copy.deepcopy(traced.graph))
+            gm = copy_of(traced)
             mark_multi_stream_moe_shared_experts(gm)
             if fusion != "unfused":
                 fuse_elementwise(gm, safe=(("*", "1"),) if fusion == "fused everywhere" else ())

@@ -8,7 +8,6 @@ reference's caches, so that replays count singly.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,6 +27,7 @@ from ..capture.proof import Report, verify
 from ..capture.schedule import insert_regions
 from ..capture.trace import TracedGraph, trace
 from ..kernels import fuse_elementwise
+from ..kernels.derive import copy_of
 from ..kernels.launch import compile_ahead
 from ..runtime.errors import AuxstreamError
 from ..runtime.machine import using_machine
@@ -104,7 +104,7 @@ class Lab:
     def base(self, fusion: Fusion) -> GraphModule:
         """The marked graph, fused that far."""
         if fusion not in self.fused:
-            module, start = _copied(self.traced.graph_module), time.perf_counter()
+            module, start = copy_of(self.traced.graph_module), time.perf_counter()
             report = fuse_elementwise(module, safe=(("*", "1"),) if fusion == "everywhere" else ())
             fused = time.perf_counter()
             compile_ahead(report.fusions)
@@ -119,7 +119,7 @@ class Lab:
         self, fusion: Fusion, *, aux: bool, delays: bool = False, unsafe: bool = False
     ) -> tuple[GraphModule, list[Tensor], Tensor | None]:
         """A copy of the graph over the same weights, with caches of its own: (module, caches, delay buffer)."""
-        module = _copied(self.base(fusion))
+        module = copy_of(self.base(fusion))
         caches: list[Tensor] = []
         for name in self.traced.mutated_buffers:
             owner, _, leaf = name.rpartition(".")
@@ -306,13 +306,6 @@ def _between(
         return logits
 
     return run
-
-
-def _copied(module: GraphModule) -> GraphModule:
-    """The same graph over the same parameters and buffers, marks and all."""
-    copied = GraphModule(module, copy.deepcopy(module.graph))
-    copied.meta = dict(module.meta)
-    return copied
 
 
 def verdict_of(report: Report) -> str:

@@ -7,7 +7,6 @@ pair with products on both sides, one side is (in) a region of some layout, and 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -15,8 +14,9 @@ from torch.fx import GraphModule, Node
 
 from ..capture.branches import BranchPair, find_branches
 from ..capture.mark import mark_multi_stream_moe_shared_experts
+from ..capture.proposals import Region, mark
 from ..capture.schedule import insert_regions
-from ..kernels.routing import MARKED
+from ..kernels.derive import copy_of
 from ..runtime.errors import RegionError
 
 
@@ -28,13 +28,8 @@ class Layout:
 
     def marked(self, gm: GraphModule) -> GraphModule:
         """A copy of the graph over the same weights, with the regions marked as the marker marks shared experts."""
-        copied = GraphModule(gm, copy.deepcopy(gm.graph))
-        home = {node: name for name, nodes in self.regions.items() for node in nodes}
-        for node in copied.graph.nodes:
-            if node.name in home:
-                node.meta["auxstream"] = home[node.name]
-                node.meta["skip_mlir_fusion"] = True
-        copied.meta[MARKED] = True
+        copied = copy_of(gm)
+        mark(copied, [Region(name, tuple(nodes)) for name, nodes in self.regions.items()])
         return copied
 
     def takes(self, gm: GraphModule, name: str, nodes: frozenset[str]) -> bool:
@@ -52,7 +47,7 @@ class Layout:
 
 def shared_experts(gm: GraphModule) -> Layout:
     """Shared experts alone."""
-    marked = mark_multi_stream_moe_shared_experts(GraphModule(gm, copy.deepcopy(gm.graph)))
+    marked = mark_multi_stream_moe_shared_experts(copy_of(gm))
     return Layout({region.name: _names(region.nodes) for region in marked})
 
 

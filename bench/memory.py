@@ -14,7 +14,6 @@ machine, where the allocator is a model and the option does not exist.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from ..capture.mark import mark_multi_stream_moe_shared_experts
 from ..capture.schedule import insert_regions
 from ..capture.trace import trace
 from ..kernels import fuse_elementwise
+from ..kernels.derive import copy_of
 from ..kernels.launch import compile_ahead
 from ..kernels.regions import lift_regions
 from ..runtime.errors import AuxstreamError, AuxstreamWarning
@@ -52,26 +52,20 @@ MIB: Final = 1 << 20
 
 def variants(fused: GraphModule) -> Iterator[tuple[str, GraphModule, Verify]]:
     """The marked graph on its streams, and whether its capture is to be proved."""
-    yield ONE, _copied(fused), "off"
-    turned = _copied(fused)
+    yield ONE, copy_of(fused), "off"
+    turned = copy_of(fused)
     insert_regions(turned)
     with lift_regions(turned):
-        yield "one stream, order of two", _copied(turned), "off"
+        yield "one stream, order of two", copy_of(turned), "off"
     secured: dict[str, Callable[[GraphModule], object]] = {
         EVENTS: lambda gm: insert_regions(gm, unsafe_no_lifetime=True),
         AUTO: lambda gm: insert_regions(gm, handoff="auto"),
         RECORD: lambda gm: insert_regions(gm, handoff="record"),
     }
     for name, insert in secured.items():
-        module = _copied(fused)
+        module = copy_of(fused)
         insert(module)
         yield name, module, "off" if name == EVENTS else "warn"
-
-
-def _copied(module: GraphModule) -> GraphModule:
-    copied = GraphModule(module, copy.deepcopy(module.graph))
-    copied.meta = dict(module.meta)
-    return copied
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -89,7 +83,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         mark_multi_stream_moe_shared_experts(marked)
         print(f"  {tokens} tokens, {options.layers} layers, traced in {time.perf_counter() - start:.1f} s", flush=True)
         for fusion in ("unfused",) if options.quick else ("unfused", "fused everywhere"):
-            module = _copied(marked)
+            module = copy_of(marked)
             if fusion != "unfused":
                 compile_ahead(fuse_elementwise(module, safe=(("*", "1"),)).fusions)
             rows = results[f"{tokens} tokens, {fusion}"] = {}

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..kernels.attention_pass import fuse_decode_attention
+from ..kernels.derive import copy_of
 from ..kernels.fuse import FusionReport, fuse_elementwise
 from ..kernels.launch import compile_ahead
 from ..kernels.products_pass import choose_gated, choose_products
@@ -27,7 +28,7 @@ from ..kernels.safety import fusion_safety
 from ..runtime.settings import parse_safety
 from .options import Options
 from .policy import Plan
-from .proposals import Region, copy_of, mark
+from .proposals import Region, mark
 from .schedule import RegionPlan, insert_regions
 from .state import bits
 from .trace import TracedGraph

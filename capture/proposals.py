@@ -11,9 +11,7 @@ caller, where it may be fused.
 
 from __future__ import annotations
 
-import copy
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -114,15 +112,6 @@ def mark(gm: GraphModule, regions: Iterable[Region]) -> None:
             node.meta["auxstream"] = home[node.name]
             node.meta["skip_mlir_fusion"] = True
     gm.meta[MARKED] = True
-
-
-def copy_of(gm: GraphModule) -> GraphModule:
-    """The same graph over the same parameters and buffers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its tree specs
-        copied = GraphModule(gm, copy.deepcopy(gm.graph))
-    copied.meta = dict(gm.meta)
-    return copied
 
 
 def _take_marks(gm: GraphModule) -> dict[str, list[Node]]:

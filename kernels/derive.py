@@ -1,4 +1,4 @@
-"""New nodes that take the place of an old one.
+"""New nodes that take the place of an old one, and copies of whole graphs.
 
 Enters: the node to be replaced, an op and its arguments. Leaves: a node in front of it, with the value the op would
 have. Invariant: names come from the old node's, so that equal graphs stay equal; marks and source lines are kept.
@@ -6,10 +6,12 @@ have. Invariant: names come from the old node's, so that equal graphs stay equal
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -25,3 +27,12 @@ def derived(origin: Node, role: str, target: Any, args: tuple[Any, ...], kwargs:
     with mode:
         new.meta = {**origin.meta, "val": target(*given, **named)}
     return new
+
+
+def copy_of(gm: GraphModule) -> GraphModule:
+    """The same graph over the same parameters and buffers, marks and all."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its tree specs
+        copied = GraphModule(gm, copy.deepcopy(gm.graph))
+    copied.meta = dict(gm.meta)
+    return copied

@@ -19,10 +19,11 @@ from auxstream.capture import race as race_module
 from auxstream.capture.inputs import StaticInputs
 from auxstream.capture.laying import Laying
 from auxstream.capture.policy import Choice, Plan, Result, key_of, measured, remember, remembered, ruled, unmeasured
-from auxstream.capture.proposals import Proposal, Region, copy_of, mark, propose
+from auxstream.capture.proposals import Proposal, Region, mark, propose
 from auxstream.capture.race import judged
 from auxstream.capture.trace import trace
 from auxstream.kernels import store
+from auxstream.kernels.derive import copy_of
 from auxstream.runtime.settings import Settings, parse_overlap
 
 WIDTH = 16
