@@ -440,6 +440,12 @@ def deterministic() -> Generator[None]:
     torch.backends.cuda.enable_cudnn_sdp(before)
 
 
+FORCED: dict[str, Any] = {"mlir_elementwise_fusion": False, "overlap": "*=off,layers.*.shared=on"}
+"""Regions, whatever a measurement would say."""
+TORCHS_OWN: dict[str, Any] = {**FORCED, "decode_attention": False, "router_kernels": False, "product_kernels": False}
+"""The kernels of the eager model, which comparisons bit for bit need."""
+
+
 class OnGpu:
     """A tiny decode step in four buckets, and a twin to run eagerly."""
 
@@ -462,7 +468,7 @@ for_gpu = pytest.mark.parametrize("name", ["gemma4", "qwen2_moe"])
 @pytest.mark.timeout(600)
 @for_gpu
 def test_on_a_gpu_every_batch_equals_eager_bit_for_bit(name: str, deterministic: None) -> None:
-    on = OnGpu(name, mlir_elementwise_fusion=False)
+    on = OnGpu(name, **TORCHS_OWN)
     assert [verdict.how for verdict in on.fast.padding] == ["unpadded", "unpadded", "checked", "checked"]
     assert all(bucket.report.ok and bucket.regions for bucket in on.fast.buckets.values())
     for turn in range(3):
@@ -488,11 +494,11 @@ def test_on_a_gpu_fused_buckets_are_near_the_model(deterministic: None) -> None:
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 def test_on_a_gpu_one_pool_is_smaller_than_one_for_each(deterministic: None) -> None:
-    on = OnGpu("gemma4", mlir_elementwise_fusion=False)
+    on = OnGpu("gemma4", **FORCED)
     alone = 0
     for size in on.buckets:
         given = tuple(leaf[:size] for leaf in tokens(BATCH, 0, "cuda"))
-        alone += auxstream.compile(on.reference, given, Options(mlir_elementwise_fusion=False)).memory.pool
+        alone += auxstream.compile(on.reference, given, Options(**FORCED)).memory.pool
     memory = on.fast.memory
     assert memory.pool < alone
     assert memory.pool == sum(entry.added for entry in memory.buckets)
@@ -503,7 +509,7 @@ def test_on_a_gpu_one_pool_is_smaller_than_one_for_each(deterministic: None) -> 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 def test_on_a_gpu_calls_alternate_among_buckets_and_streams(deterministic: None) -> None:
-    on = OnGpu("gemma4", mlir_elementwise_fusion=False)
+    on = OnGpu("gemma4", **TORCHS_OWN)
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     plan = [(1 + (7 * turn) % BATCH, turn) for turn in range(40)]
     given = [tokens(rows, seed, "cuda") for rows, seed in plan]
@@ -523,7 +529,7 @@ def test_on_a_gpu_calls_alternate_among_buckets_and_streams(deterministic: None)
 @pytest.mark.parametrize("waits", [True, False], ids=["waits", "twin"])
 def test_on_a_gpu_inputs_made_on_another_stream(waits: bool, deterministic: None) -> None:
     """That stream calls `wait` before it makes them; then the call is behind it, by events alone."""
-    on = OnGpu("qwen2_moe", mlir_elementwise_fusion=False)
+    on = OnGpu("qwen2_moe", **TORCHS_OWN)
     side = torch.cuda.Stream()
     ids, position = tokens(5, 0, "cuda")
     late = torch.zeros_like(ids)
@@ -557,7 +563,7 @@ def test_on_a_gpu_no_call_waits_on_the_host(deterministic: None) -> None:
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
 def test_on_a_gpu_nothing_captured_equals_what_is_captured(deterministic: None) -> None:
-    on, plain = (OnGpu("gemma4", mode=mode, mlir_elementwise_fusion=False) for mode in ("full", "none"))
+    on, plain = (OnGpu("gemma4", mode=mode, **FORCED) for mode in ("full", "none"))
     for rows in (3, 8, 1, 6):
         assert torch.equal(on.fast(*tokens(rows, rows, "cuda")), plain.fast(*tokens(rows, rows, "cuda")))
 
