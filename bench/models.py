@@ -21,7 +21,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal, cast
@@ -63,7 +63,7 @@ class Variant:
     serial: str = SERIAL
 
 
-OURS: Final = {
+OURS: Final[dict[str, Variant]] = {
     SERIAL: Variant(replace(_TORCHS_OWN, multi_stream_moe=False)),
     SHARED: Variant(replace(_TORCHS_OWN, overlap="*=off,layers.*.shared=on", fusion_safe="")),
     CHOSEN: Variant(_TORCHS_OWN),
@@ -73,6 +73,18 @@ OURS: Final = {
 """On one stream; with shared experts alone on a lane, their branches as the marker leaves them; with whatever `compile`
 finds to pay. Products, attention, routers and experts are torch's and transformers' own, then this library's."""
 DENSE, ROUTED = "shared branch alone", "routed branch alone"
+
+
+def compiled_for(named: Collection[str]) -> tuple[str, ...]:
+    """The variants named and those they are compared with, and no other: each takes a minute to compile."""
+    wanted = {*named, *(OURS[name].serial for name in named)}
+    return tuple(name for name in OURS if name in wanted)
+
+
+def alone_of(serial: str) -> tuple[str, str]:
+    """What both branches alone are called, of the kernels that this serial variant runs."""
+    prefix = "" if serial == SERIAL else "own kernels, "
+    return prefix + DENSE, prefix + ROUTED
 
 
 # --- decode -----------------------------------------------------------------------------------------------------------
@@ -88,7 +100,7 @@ class Branches(nn.Module):
 
     def forward(self, residuals: list[Tensor]) -> list[Tensor]:
         layers: Any = self.layers
-        one = self._shared if self.branch == DENSE else self._routed
+        one = self._shared if self.branch.endswith(DENSE) else self._routed
         return [one(layer, residual) for layer, residual in zip(layers, residuals, strict=True)]
 
     @staticmethod
@@ -112,9 +124,9 @@ def decode(model: nn.Module, batch: int, clock: Clock, options: argparse.Namespa
     print(f"decode, batch {batch}, {options.layers} layers", flush=True)
     runs: dict[str, Callable[[], object]] = {HF: _hugging_face(step, ids, position)}
     ours: dict[str, CompiledModel] = {}
-    for name in (name for name in OURS if name == SERIAL or name in options.variants):
+    for name in compiled_for(options.variants):
         start = time.perf_counter()
-        cast("Any", model).set_experts_implementation(OURS[name].experts)
+        _use_experts(model, name)
         made = ours[name] = compile(step, (ids, position), OURS[name].options, name=f"decode-{options.layers}-layers")
         runs[name] = partial(made, ids, position)
         seconds, mib = time.perf_counter() - start, made.graph.memory.reserved / 2**20
@@ -123,18 +135,20 @@ def decode(model: nn.Module, batch: int, clock: Clock, options: argparse.Namespa
             results[f"kernels: {name}"] = kernels = len(made.graph.evidence.nodes)
             print(f"  {kernels} nodes in the graph of:", flush=True)
         print(f"  {name}: {seconds:.1f} s, {len(made.regions)} regions, {mib:.1f} MiB; {made.choice}", flush=True)
-    cast("Any", model).set_experts_implementation("grouped_mm")
     layers: Any = model.model.layers  # pyright: ignore[reportAttributeAccessIssue]
-    for branch in (DENSE, ROUTED):
-        runs[branch] = _alone(layers, branch, batch, device)
+    for serial in dict.fromkeys(OURS[name].serial for name in ours):
+        _use_experts(model, serial)
+        for branch in alone_of(serial):
+            runs[branch] = _alone(layers, branch, batch, device, OURS[serial].options)
+    _use_experts(model, SERIAL)
     figures = interleave({name: partial(clock.ms, run) for name, run in runs.items()}, options.rounds, "ms")
     results |= {f"ms per step: {name}": figure for name, figure in figures.items()}
     _compare(figures, list(ours), results, options.layers)
     for name, compiled in ours.items():
         results[f"host, us: {name}"] = clock.host(partial(compiled, ids, position))
         print(f"  host time of a call, {name}: {results[f'host, us: {name}']}", flush=True)
-    best = min(ours, key=lambda name: figures[name].median)
-    captured = ours[best].graph
+    best = min(ours, key=lambda name: figures[name].median, default=HF)
+    captured = ours[best].graph if ours else None
     if isinstance(captured, CudaGraph):
         results["host, us: launch of the graph alone"] = clock.host(captured.cuda_graph.replay)
         print(f"  host time of launching the graph alone: {results['host, us: launch of the graph alone']}", flush=True)
@@ -151,29 +165,34 @@ def _hugging_face(step: DecodeStep, ids: Tensor, position: Tensor) -> Callable[[
     return torch.no_grad()(partial(step, ids, position))
 
 
-def _alone(layers: Any, branch: str, batch: int, device: torch.device) -> Callable[[], object]:
+def _use_experts(model: nn.Module, variant: str) -> None:
+    cast("Any", model).set_experts_implementation(OURS[variant].experts)
+
+
+def _alone(layers: Any, branch: str, batch: int, device: torch.device, options: Options) -> Callable[[], object]:
     hidden = layers[0].pre_feedforward_layernorm.weight.shape[0]
     residuals = [torch.randn(batch, 1, hidden, dtype=torch.bfloat16, device=device) for _ in layers]
-    compiled = compile(Branches(layers, branch), (residuals,), OURS[SERIAL].options, name=branch)
+    compiled = compile(Branches(layers, branch), (residuals,), options, name=branch)
     return compiled.graph.replay
 
 
 def _compare(figures: dict[str, Figure], ours: Sequence[str], results: dict[str, Any], layers: int) -> None:
     """Print the steps, and what of the shorter branch each overlap hides."""
-    bound = min(figures[DENSE].median, figures[ROUTED].median)
-    results["bound: shorter branch of all layers, ms"] = bound
+    branches = {serial: alone_of(serial) for serial in dict.fromkeys(OURS[name].serial for name in ours)}
+    shorter = {serial: min(figures[name].median for name in names) for serial, names in branches.items()}
+    for serial, bound in shorter.items():
+        results["bound: shorter branch of all layers, ms" + ("" if serial == SERIAL else ": own kernels")] = bound
     for name, timed in figures.items():
         said = f"  {name:30} {timed}"
-        if name in (DENSE, ROUTED):
+        if any(name in alone for alone in branches.values()):
             said += f"   {timed.median / layers * 1000:6.1f} us a layer"
         reference = OURS[name].serial if name in ours else name
         if reference != name and reference in figures:
             serial = figures[reference].median
             results[f"serial over {name}"] = serial / timed.median
+            recovered = results[f"recovered: {name}"] = (serial - timed.median) / shorter[reference]
             said += f"   {reference} takes {serial / timed.median:5.3f} of it"
-            if reference == SERIAL:  # of whose kernels the branches alone were made
-                recovered = results[f"recovered: {name}"] = (serial - timed.median) / bound
-                said += f", recovers {recovered:4.0%} of the shorter branch"
+            said += f", recovers {recovered:4.0%} of the shorter branch"
         print(said, flush=True)
 
 
@@ -239,7 +258,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     cast("Any", model).set_experts_implementation("grouped_mm")
     clock.settle()
     print(f"{options.layers} layers with random weights, {time.perf_counter() - start:.1f} s", flush=True)
-    needs = 10 + (1 + len(options.variants)) * options.layers if options.size == "full" else 5
+    needs = 10 + len(compiled_for(options.variants)) * options.layers if options.size == "full" else 5
     if "decode" in options.parts:
         for batch in options.batch:
             part(f"decode, batch {batch}", needs, partial(decode, model, batch, clock, options))
@@ -261,8 +280,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--batch", type=int, nargs="+")
-    overlapped = [name for name in OURS if name != SERIAL]
-    parser.add_argument("--variants", nargs="*", choices=overlapped, default=overlapped, help="beside the serial one")
+    parser.add_argument(
+        "--variants", nargs="*", choices=OURS, default=list(OURS), metavar="VARIANT",
+        help="of decode, each with its serial one; none: only the model in a CUDA graph. " + ", ".join(map(repr, OURS)),
+    )  # fmt: skip
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="of the prompt")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=15)
