@@ -84,7 +84,15 @@ class Candidate:
 
 
 def find_branches(gm: GraphModule) -> list[BranchPair]:
-    """Every pair of branches with real work on both sides, in the order of their joins."""
+    """Find what may run side by side.
+
+    Args:
+        gm: an ATen graph whose nodes have `meta["val"]`; it is not changed.
+
+    Returns:
+        every pair of branches with real work on both sides, in the order of their joins. A branch's `bytes` are what
+        its ops read and write, each for itself; its `flops` are those of its products.
+    """
     flow = Dataflow.of(gm)
     weights = Weights.of(flow)
     experts = sorted({routing.expert for routing in routings(flow, weights)})

@@ -91,6 +91,15 @@ class CompiledModel:
         return ledger({None: self.graph}, self._calls.static.tensors())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One step: inputs are copied in, the graph is replayed.
+
+        Args:
+            args: as the model's own `forward`, of the captured structure, shapes, dtypes and device.
+            kwargs: likewise.
+
+        Returns:
+            what the model returns, in the graph's memory: see above for how long.
+        """
         if self._life is not None:
             self._life.glance()
         with torch.no_grad(), self.graph.order:
@@ -104,12 +113,24 @@ class CompiledModel:
         self.graph.wait()
 
     def eager(self, *args: Any, **kwargs: Any) -> Any:
-        """The model itself, op by op, with the tensors it has now; in the same order among calls."""
+        """The model itself, op by op, with the tensors it has now; in the same order among calls.
+
+        Args:
+            args: as the model's own `forward`, of any shapes.
+            kwargs: likewise.
+
+        Returns:
+            what the model returns.
+        """
         with torch.no_grad(), self.graph.order:
             return self._lives().model(*args, **kwargs)
 
     def check(self) -> None:
-        """Look at all of the model's tensors now. Raises CaptureError if one that the graphs read was replaced."""
+        """Look at all of the model's tensors now.
+
+        Raises:
+            CaptureError: one that the graphs read was replaced.
+        """
         self._lives().check()
 
     def recapture(self, pool: Any = None) -> None:

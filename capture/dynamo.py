@@ -44,11 +44,17 @@ def auxstream(
     """The backend. Compiles at the first call, and for other weights or sizes when they come.
 
     Args:
+        gm: Dynamo's graph.
+        example_inputs: Dynamo's; not read, for a call's own come soon.
         options: fields of `Options`, and `config`: a YAML file that has them. Outputs are copies unless `copy_outputs`
             is False here, not in the file: Dynamo may run one graph several times in a step.
         mode: of torch's own backend; not taken.
 
-    Raises SettingsError for options that are none.
+    Returns:
+        what Dynamo calls in place of the graph.
+
+    Raises:
+        SettingsError: options that are none.
     """
     if mode is not None:
         raise SettingsError(

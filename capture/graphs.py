@@ -28,7 +28,7 @@ from .program import Program
 from .proof import Report, not_checked
 from .proof import verify as prove
 from .record import Recorder
-from .refusals import NoHostReads
+from .refusals import NoHostReads, capturing_device
 from .simulate import Simulation
 from .streams import CALLER, InlineStreams, RecordingMachine, SimulatedStreams
 
@@ -57,9 +57,6 @@ class CapturedGraph:
     Attributes:
         name: as given.
         regions: names of the regions, in fork order.
-        report: what was proved about it.
-        memory: bytes it keeps.
-        program: the recorded ops, streams, events and bytes.
     """
 
     def __init__(self, name: str) -> None:
@@ -73,6 +70,7 @@ class CapturedGraph:
 
     @property
     def program(self) -> Program:
+        """What was recorded: ops, streams, events and bytes."""
         if self._program is None:
             raise self._unfinished("its program")
         return self._program
@@ -92,12 +90,14 @@ class CapturedGraph:
 
     @property
     def report(self) -> Report:
+        """What was proved."""
         if self._report is None:
             raise self._unfinished("its report")
         return self._report
 
     @property
     def memory(self) -> GraphMemory:
+        """What it keeps, in bytes."""
         return self._memory
 
     def attach(self, program: Program, regions: tuple[str, ...], outside: Mapping[int, Tensor]) -> None:
@@ -132,7 +132,11 @@ class CapturedGraph:
 
         From any stream and thread: replays run one after the other, and each waits, on the GPU, for what was given to
         the stream of the last one and to those that called `wait` since. Other streams that read outputs or write
-        inputs call `wait` first. Inside a capture, CaptureError."""
+        inputs call `wait` first.
+
+        Raises:
+            CaptureError: inside a capture, or the graph's own capture failed.
+        """
         raise self._unfinished("its replay")
 
     def wait(self) -> None:
@@ -263,6 +267,9 @@ def graph(
         pool: a graph memory pool to share, as in `torch.cuda.graph`; on the simulated machine, an `AllocatorModel`.
         stream: the stream to capture on; default: a stream of this module's own. Likewise, a number.
 
+    Yields:
+        the graph, filled in when the block has ended. It keeps alive what the block read of tensors made before it.
+
     Raises:
         CaptureError: work that cannot be captured, or a region left open when the block ends.
         RaceError: the proof failed and `verify` is `error`.
@@ -270,17 +277,7 @@ def graph(
     mode = SETTINGS.verify or verify
     if mode not in VERIFY_VALUES:
         raise CaptureError(f"graph {name!r}: unknown verify={mode!r}", expected=", ".join(VERIFY_VALUES))
-    chosen = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if chosen.type != "cpu" and not (chosen.type == "cuda" and (chosen.index or 0) < devices):
-        raise CaptureError(
-            f"graph {name!r} cannot capture on device {str(chosen)!r}",
-            expected="a CUDA device of this machine, or 'cpu' for the simulated machine",
-            came=f"{str(chosen)!r}, on a machine with {devices} usable CUDA device(s)",
-            remedy="leave `device` out: the GPU if there is one, else the simulated machine",
-        )
+    chosen = capturing_device(name, device)
     if isinstance(thread_state.machine, RecordingMachine):
         raise CaptureError(
             f"graph {name!r} begins inside another capture",

@@ -62,7 +62,13 @@ class DecodeStep(nn.Module):
     `[batch, channels, taps]`; `recurrent_<i>`, in the model's own shape. `reset()` zeroes them. In buckets, the last
     position is best left to padded rows: `pad={"position": context - 1}`.
 
-    Raises InputError for a model whose layers keep other state, or attend by a rule that is not known here.
+    Args:
+        model: a causal LM of transformers, in eval mode.
+        batch: sequences that the caches hold.
+        context: positions that the caches hold.
+
+    Raises:
+        InputError: a model whose layers keep other state, or attend by a rule that is not known here.
     """
 
     def __init__(self, model: nn.Module, batch: int, context: int) -> None:
@@ -163,8 +169,12 @@ class PrefillStep(nn.Module):
     before it, so a long prompt may come in pieces. In buckets, tokens that pad are sent to a position that nobody sees,
     `pad={"position": context - 1}`, and the example's `last` is 0: a token that every call has.
 
-    Raises InputError for a model with recurrent state, which has no positions to write tokens to, and for one that
-    computes the logits of all tokens or of none.
+    Args:
+        step: whose model and caches these are.
+
+    Raises:
+        InputError: a model with recurrent state, which has no positions to write tokens to, or one that computes the
+            logits of all tokens or of none.
     """
 
     def __init__(self, step: DecodeStep) -> None:
@@ -197,11 +207,18 @@ class PrefillStep(nn.Module):
 
 
 def gemma4_config(layers: int, size: Literal["tiny", "full"]) -> Any:
-    """The text configuration of a Gemma-4 MoE with `layers` decoder layers.
+    """The text configuration of a Gemma-4 MoE: five sliding layers to one full layer, and the last one always full.
 
-    "full": the layer dimensions of Gemma-4-26B-A4B (hidden 2816, 128 experts top-8, vocabulary 262144; all of the
-    model at 30 layers). "tiny": the same structure in dimensions a CPU steps through in milliseconds. Both keep the
-    pattern of five sliding layers to one full layer, and the last layer is always a full one.
+    Args:
+        layers: decoder layers.
+        size: "full": the layer dimensions of Gemma-4-26B-A4B (hidden 2816, 128 experts top-8, vocabulary 262144; all of
+            the model at 30 layers). "tiny": the same structure in dimensions a CPU steps through in milliseconds.
+
+    Returns:
+        a `Gemma4TextConfig` of transformers.
+
+    Raises:
+        InputError: fewer than one layer.
     """
     if layers < 1:
         raise InputError("a model needs layers", expected="layers >= 1", came=str(layers))
@@ -258,10 +275,18 @@ def build(
     seed: int = 0,
     experts: Experts = "grouped_mm",
 ) -> nn.Module:
-    """A causal LM of `config` with random weights, made on `device` in eval mode; nothing is downloaded.
+    """A causal LM with random weights, in eval mode; nothing is downloaded. The global RNG is left as it was.
 
-    `experts`: as grouped matrix products, the form of transformers that traces into one graph, or as one op a layer
-    (docs/experts.md). The global RNG is left as it was.
+    Args:
+        config: a configuration of transformers.
+        device: where it is made.
+        dtype: of its weights.
+        seed: of its weights.
+        experts: "grouped_mm": grouped matrix products, the form of transformers that traces into one graph;
+            "auxstream": one op a layer (docs/experts.md); "auxstream_checked": and indices are checked on the device.
+
+    Returns:
+        the model.
     """
     if experts != "grouped_mm":
         from .experts_interface import register

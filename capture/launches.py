@@ -222,6 +222,9 @@ def watch(*graphs: CapturedGraph | CompiledModel) -> Generator[Watch]:
         graphs: those captured before the block, so that what is done to their inputs before their first replay in it is
             seen. Graphs captured in the block, or replayed in it, are watched from then on.
 
+    Yields:
+        the watch.
+
     Raises:
         CaptureError: another watch is under way.
         ReplayRaceError: inside the block, from the op or the replay that no wait orders.

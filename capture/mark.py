@@ -45,9 +45,17 @@ class MarkedRegion:
 
 
 def mark_multi_stream_moe_shared_experts(gm: GraphModule) -> tuple[MarkedRegion, ...]:
-    """Mark every shared expert of `gm`; returns the regions in graph order, none for a model without shared experts.
+    """Mark every shared expert of `gm`.
 
-    Raises RegionError for a graph with fused kernels: the mark is to keep them off branches, and comes too late.
+    Args:
+        gm: an ATen graph whose nodes have `meta["val"]`. Nodes get `meta["auxstream"]` and `meta["skip_mlir_fusion"]`;
+            nothing else is changed.
+
+    Returns:
+        the regions in graph order; none for a model without shared experts.
+
+    Raises:
+        RegionError: the graph has fused kernels: the mark is to keep them off branches, and comes too late.
     """
     fused = next((node for node in gm.graph.nodes if node.meta.get("auxstream_fused")), None)
     if fused is not None:

@@ -127,6 +127,12 @@ class Options:
 
         A switch may also be written as TensorRT-LLM writes it: `multi_stream_moe: {enabled: true}`.
 
+        Args:
+            path: the file.
+
+        Returns:
+            the options it names, the others at their defaults.
+
         Raises:
             SettingsError: the file holds something else, or a name or value that no option has.
         """
@@ -149,7 +155,15 @@ class Options:
         return Options(**given)
 
     def in_force(self, settings: Settings = SETTINGS) -> Options:
-        """These options with the environment's word on top."""
+        """These options with the environment's word on top.
+
+        Args:
+            settings: the environment, as this process read it.
+
+        Returns:
+            the options that hold. Rules of globs (`overlap`, `fusion_safe`) are not among what is replaced: the
+            environment's come behind these, and later ones win.
+        """
         return replace(
             self,
             mlir_elementwise_fusion=self.mlir_elementwise_fusion

@@ -32,6 +32,9 @@ def verify(graph: Program | Evidence | HasEvidence) -> Report:
     Args:
         graph: a captured graph, a compiled model, a program, or evidence.
 
+    Returns:
+        the report; `ok` if no pair lacks a path and every node is explained.
+
     Raises:
         CaptureError: anything else.
     """

@@ -46,6 +46,20 @@ class Refusals:
         return False
 
 
+def capturing_device(name: str, device: torch.device | str | None) -> torch.device:
+    """Where graph `name` is captured: None is the current CUDA device, or the simulated machine where there is none."""
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    chosen = torch.device(device if device is not None else "cuda" if devices else "cpu")
+    if chosen.type != "cpu" and not (chosen.type == "cuda" and (chosen.index or 0) < devices):
+        raise CaptureError(
+            f"graph {name!r} cannot capture on device {str(chosen)!r}",
+            expected="a CUDA device of this machine, or 'cpu' for the simulated machine",
+            came=f"{str(chosen)!r}, on a machine with {devices} usable CUDA device(s)",
+            remedy="leave `device` out: the GPU if there is one, else the simulated machine",
+        )
+    return chosen
+
+
 def refuse_functions(func: HigherOrderOperator) -> None:
     """What it will do cannot be told from its arguments."""
     raise CaptureError(

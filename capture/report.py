@@ -142,7 +142,12 @@ class Report:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the nodes' bytes, in plain values. Node numbers are positions in `nodes`."""
+        """Everything but the nodes' bytes, in plain values.
+
+        Returns:
+            `schema` (the version of this form), `ok`, `races`, `unattributed`, `assumptions`, `nodes` and `edges`. Node
+            numbers are positions in `nodes`; `bytes` of a race are addresses, the end not included.
+        """
         return {
             "schema": SCHEMA,
             "ok": self.ok,
@@ -172,7 +177,14 @@ class Report:
         return json.dumps(self.as_dict(), indent=1)
 
     def picture(self, name: str = "graph") -> str:
-        """The graph as SVG: streams as rows, waits as arrows, races in red."""
+        """The graph as SVG: streams as rows, waits as arrows, races in red.
+
+        Args:
+            name: its title.
+
+        Returns:
+            the text of an SVG file.
+        """
         from .picture import draw
 
         return draw(self, name)

@@ -85,6 +85,7 @@ def insert_regions(
     """Put each region of `gm` between a fork and a join; the graph is changed in place and recompiled.
 
     Args:
+        gm: an ATen graph whose nodes have `meta["val"]`.
         regions: what to insert, a name standing for the nodes whose `meta["auxstream"]` it is; by default all such.
         handoff: "record" declares every tensor that crosses for `record_stream`; "auto" only those whose lifetime the
             graph does not prove.
@@ -94,6 +95,9 @@ def insert_regions(
         priority: of the lanes, as a CUDA stream priority.
         unsafe_no_lifetime: UNSAFE, for negative controls alone: nothing is recorded and nothing held, so a block may be
             reused while a lane still reads it.
+
+    Returns:
+        a plan for each region, in launch order.
 
     Raises:
         RegionError: the graph has regions already, or a region cannot run in one piece beside the rest.

@@ -74,6 +74,9 @@ def verify_step(pieces: Sequence[Piece], rounds: int = 1) -> Report:
         pieces: in launch order.
         rounds: how often the step runs, one right after the other. Two show whatever a step does to the next one.
 
+    Returns:
+        one report of all of it.
+
     Raises:
         CaptureError: no piece; or a piece waits for one that is not launched before it.
     """

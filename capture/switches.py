@@ -66,8 +66,7 @@ class Adoption:
 def adopt_switches(
     gm: GraphModule, *, passthroughs: Mapping[str, Role] = PASSTHROUGHS, experts: Sequence[str] = ()
 ) -> tuple[Adoption, ...]:
-    """Turn hand-written stream switches of `gm` into marks; returns what became of each: first of
-    those around work.
+    """Turn hand-written stream switches of `gm` into marks.
 
     Marks are `meta["auxstream"]` and `meta["skip_mlir_fusion"]`: `insert_regions(gm)` and the passes before it go on
     from there. The graph is changed in place and recompiled.
@@ -78,7 +77,11 @@ def adopt_switches(
         experts: globs of `namespace::name` for ops that are a whole mixture of experts, besides the known ones: the
             marker takes a branch with such an op for the routed side.
 
-    Raises RegionError for a graph that has regions already, or nodes without traced values.
+    Returns:
+        what became of each switch, first of those around work: adopted, or the reason why it was left.
+
+    Raises:
+        RegionError: the graph has regions already, or nodes without traced values.
     """
     for node in gm.graph.nodes:
         if node.target in REGION_OPS:

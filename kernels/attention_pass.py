@@ -90,7 +90,15 @@ class _No(Exception):
 def fuse_decode_attention(
     gm: GraphModule, choose: Callable[[Work], Choice] = attention_choice.choose
 ) -> AttentionReport:
-    """Replace attention in `gm`, in place, where `choose` says so. The module is recompiled if anything changed."""
+    """Replace attention of one query per row, in place: before the marker and before `fuse_elementwise`.
+
+    Args:
+        gm: an ATen graph whose nodes have `meta["val"]`; recompiled if anything changed.
+        choose: says for a layout what to run; by default what is fastest, measured once per layout and card.
+
+    Returns:
+        a line for every attention, with the reason where it stays.
+    """
     flow = Dataflow.of(gm)
     met = {node: _read(flow, node, read) for node in flow.nodes if (read := _reader_of(node)) is not None}
     compile_ahead(found.work() for found in met.values() if isinstance(found, _Found))

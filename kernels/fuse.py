@@ -84,6 +84,9 @@ def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = (), trial: bool = T
             AUXSTREAM_FUSION_SAFE_<REGION> come on top.
         trial: whether regions on `auto` are fused; whoever says so proves the captured graph afterwards.
 
+    Returns:
+        what became which kernel; its `str` is a line per kernel, `mlir` the whole module.
+
     Raises:
         FusionError: the graph routes tokens to experts and the marker has not seen it, or it has nodes without values.
         RegionError: the graph has regions that `insert_regions` did not write.

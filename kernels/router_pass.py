@@ -77,7 +77,14 @@ class RouterReport:
 
 
 def fuse_routers(gm: GraphModule) -> RouterReport:
-    """Replace what is known of the routers of `gm`, in place."""
+    """Replace what is known of the routers of `gm`, in place: before the marker and before `fuse_elementwise`.
+
+    Args:
+        gm: an ATen graph whose nodes have `meta["val"]`.
+
+    Returns:
+        the routers that became an op, and those that stay, with the reason.
+    """
     fused, left = list[FusedRouter](), list[LeftRouter]()
     flow = Dataflow.of(gm)
     matches = list[Match]()

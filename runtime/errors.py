@@ -9,7 +9,14 @@ from __future__ import annotations
 
 
 class AuxstreamError(Exception):
-    """Root of the library's errors: `what` happened, what was `expected`, what `came` instead, and the `remedy`."""
+    """Root of the library's errors; `str` of one shows all four fields, a line each.
+
+    Attributes:
+        what: what happened, with the region, op or input by name.
+        expected: what would have been right; may be empty, as may the two below.
+        came: what was found instead.
+        remedy: what to do about it.
+    """
 
     def __init__(self, what: str, *, expected: str = "", came: str = "", remedy: str = "") -> None:
         super().__init__(what, expected, came, remedy)
@@ -58,7 +65,11 @@ class InputError(AuxstreamError):
 
 
 class RaceError(AuxstreamError):
-    """A graph whose proof failed; `report` holds the races."""
+    """A graph whose proof failed; it was not made ready to be replayed.
+
+    Attributes:
+        report: the `Report` with the races.
+    """
 
     def __init__(self, what: str, report: object) -> None:
         super().__init__(

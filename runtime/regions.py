@@ -48,7 +48,12 @@ Versions = int | None | tuple[int | None, ...]
 
 
 class Region:
-    """One branch on an auxiliary stream. Made by `fork`; see the module's picture for its life."""
+    """One branch on an auxiliary stream. Made by `fork`, entered once by `with`, joined at least once.
+
+    Attributes:
+        name: as given to `fork`.
+        state: where in its life it is: forked, running, left, joined.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -114,7 +119,17 @@ class Region:
             self._close()
 
     def returns(self, values: T) -> T:
-        """Declare what the branch hands back (any pytree of tensors and other leaves); returned unchanged."""
+        """Declare what the branch hands back to the streams that join.
+
+        Args:
+            values: any pytree of tensors and other leaves. Several calls add up.
+
+        Returns:
+            `values`, unchanged.
+
+        Raises:
+            RegionError: the region is not running.
+        """
         if self.state is not _RUNNING:
             raise self._illegal("asked to return values", "a running region", "call returns() inside the `with` block")
         if isinstance(values, Tensor):
@@ -212,13 +227,17 @@ def open_region(
 def fork(name: str, *reads: Any, writes: Any = NOTHING, priority: int = 0) -> Region:
     """Mark the point on the current stream from which a branch may run on an auxiliary stream.
 
+    Every declared tensor is recorded for the lane with `record_stream`, in eager and while capturing.
+
     Args:
         name: the region's name, for messages, settings and profiles.
-        reads: tensors the branch reads that the caller's stream (or another lane) produced; any pytree.
+        reads: tensors the branch reads that the caller's stream (or another lane) produced; any pytree, of any shapes
+            and dtypes. Weights and other tensors that outlive the branch need not be named.
         writes: tensors the branch mutates; any pytree.
         priority: CUDA stream priority of the lane (0, or negative for more urgent; clamped to the device's range).
 
-    Every declared tensor is recorded for the lane with `record_stream`, in eager and while capturing.
+    Returns:
+        the region, to be entered by `with` and joined behind it.
 
     Raises:
         RegionError: a read that is no tensor, or a tensor on another device than the current one.
@@ -292,7 +311,20 @@ def _tensors(name: str, tree: Any, role: Literal["read", "write"]) -> list[Tenso
 
 
 def aux_region(name: str, *reads: Any, writes: Any = NOTHING, priority: int = 0) -> Region:
-    """Fork, to be entered at once: `with aux_region("shared", x) as region: ...`; `region.join()` stays explicit."""
+    """Fork, to be entered at once: `with aux_region("shared", x) as region: ...`; `region.join()` stays explicit.
+
+    Args:
+        name: as of `fork`, and so are the others.
+        reads: tensors the branch reads.
+        writes: tensors the branch mutates.
+        priority: CUDA stream priority of the lane.
+
+    Returns:
+        the region, forked.
+
+    Raises:
+        RegionError: as from `fork`.
+    """
     return fork(name, *reads, writes=writes, priority=priority)
 
 
@@ -305,8 +337,23 @@ def parallel(
 ) -> tuple[Any, ...]:
     """Run `caller` on the current stream and each of `branches` on an auxiliary stream; join all.
 
-    Returns the results in argument order. If one raises, every region already forked is joined before the error
-    leaves. `reads` and `writes` hold for every branch.
+    The caller's work is enqueued first, so a replay of a captured graph needs few streams.
+
+    Args:
+        caller: what runs on the current stream.
+        branches: what runs beside it, each on a lane of its own.
+        reads: tensors that any of the branches reads; any pytree.
+        writes: tensors that any of the branches mutates; any pytree.
+        name: of the region; several are `name.0`, `name.1` and so on.
+
+    Returns:
+        what they returned, in argument order.
+
+    Raises:
+        RegionError: as from `fork`.
+        UndeclaredAccessError: as from `Region.join`.
+
+    If a function raises, every region already forked is joined before the error leaves.
     """
     names = [name] if len(branches) == 1 else [f"{name}.{index}" for index in range(len(branches))]
     regions: list[Region] = []
