@@ -90,8 +90,8 @@ class Padding:
 class _Plan:
     """All that calls of so many rows do besides the replay; settled by the first of them."""
 
-    copied: tuple[tuple[int, Tensor], ...]
-    """Which argument is copied, and where to."""
+    copied: tuple[tuple[tuple[int, ...], list[Tensor]], ...]
+    """Which arguments are copied, and where to: those of one dtype together, by one kernel."""
     repeated: tuple[tuple[int, int, Tensor, Tensor], ...]
     """Which argument is copied, by which rows (dimension and indices), and where to."""
     filled: tuple[tuple[Tensor, bool | int | float], ...]
@@ -156,8 +156,8 @@ class Calls:
         if self.written or self._written_storages:
             self._refuse_shared(given)
         plan = self._plan(rows)
-        for position, place in plan.copied:
-            place.copy_(given[position])
+        for positions, places in plan.copied:
+            torch._foreach_copy_(places, [given[position] for position in positions])
         for position, dim, indices, place in plan.repeated:
             torch.index_select(given[position], dim, indices, out=place)
         for place, value in plan.filled:
@@ -206,7 +206,7 @@ class Calls:
             pairs = zip(outputs, padding.outputs, strict=True)
             outputs = [leaf if dim is None else leaf.narrow(dim, 0, rows) for leaf, dim in pairs]
         return _Plan(
-            copied=tuple(copied.items()),
+            copied=_by_dtype(copied),
             repeated=tuple(repeated),
             filled=tuple(filled),
             back=tuple((position, places[position]) for position in self.written),
@@ -236,6 +236,13 @@ class Calls:
             came="two names for one memory, of which the graph would update only one in time",
             remedy="pass a clone()",
         )
+
+
+def _by_dtype(places: Mapping[int, Tensor]) -> tuple[tuple[tuple[int, ...], list[Tensor]], ...]:
+    found: dict[torch.dtype, list[int]] = {}
+    for position, place in places.items():
+        found.setdefault(place.dtype, []).append(position)
+    return tuple((tuple(alike), [places[position] for position in alike]) for alike in found.values())
 
 
 def repeating(rows: int, size: int, device: torch.device) -> Tensor:

@@ -57,11 +57,14 @@ def compile_ahead(fusions: Iterable[Fusion]) -> None:
     What is compiled here need not be compiled at the first launch, one kernel after the other.
     """
     todo: dict[Any, tuple[_Launch, list[torch.dtype]]] = {}
+    alike: set[Any] = set()
     device = torch.device("cuda")
     for fusion in fusions:
         inputs = [node.meta["val"] for node in fusion.inputs]
-        if fusion.sizes or not inputs[0].is_cuda:
+        key = (fusion.spec, *((tensor.shape, tensor.stride()) for tensor in inputs))
+        if fusion.sizes or not inputs[0].is_cuda or key in alike:
             continue
+        alike.add(key)
         kernel, device = kernel_of(fusion.spec), inputs[0].device
         outputs = kernel.fake(inputs, ())
         dtypes = [tensor.dtype for tensor in (*inputs, *outputs)]

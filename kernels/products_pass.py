@@ -97,7 +97,16 @@ Group = tuple[_Product, ...]
 
 
 def choose_products(gm: GraphModule, judge: Judge | None = None) -> ProductsReport:
-    """Replace products in place, alone or with those that share their input, as is fastest."""
+    """Replace products of few rows in place, alone or with those that share their input, as is fastest.
+
+    Args:
+        gm: an ATen graph whose nodes have `meta["val"]`.
+        judge: says how fast each group is, ours and torch's; by default measured once per shape and card, and nothing
+            is replaced without a GPU.
+
+    Returns:
+        what was replaced, and how many products there were.
+    """
     flow = Dataflow.of(gm)
     products = list(_products(flow))
     groups = list(_groups(flow, products))
@@ -113,7 +122,15 @@ def choose_products(gm: GraphModule, judge: Judge | None = None) -> ProductsRepo
 
 
 def choose_gated(gm: GraphModule, judge: Judge | None = None) -> ProductsReport:
-    """Replace act(gate) * up in place, with both its products, where that is faster than they and one kernel."""
+    """Replace act(gate) * up in place, with both its products, where that is faster than they and one kernel.
+
+    Args:
+        gm: an ATen graph whose nodes have `meta["val"]`; before fusion.
+        judge: as of `choose_products`.
+
+    Returns:
+        what was replaced, and how many products there were.
+    """
     flow = Dataflow.of(gm)
     products = {product.node: product for product in _products(flow)}
     pairs: dict[Group, tuple[Node, str]] = {}
@@ -128,6 +145,14 @@ def choose_gated(gm: GraphModule, judge: Judge | None = None) -> ProductsReport:
             _replace_gated(pair, tail, name, instead)
             replaced.append(Replaced(_names(pair), f"{_shape(pair)}, {name}", times[pair]))
     return _finished(gm, replaced, len(products))
+
+
+def compile_ahead(classes: Sequence[Work]) -> None:
+    """Compile what the verdicts on these classes of calls will need, all of it side by side."""
+    if any(work.x.is_cuda for work in classes) and not torch.cuda.is_current_stream_capturing():
+        from .products_plan import compile_unjudged  # imports triton
+
+        compile_unjudged(classes)
 
 
 def measured(works: Sequence[Work]) -> Times | None:
@@ -271,10 +296,12 @@ def _judged(
             (activations or {}).get(group),
         )
         classes.setdefault(key, []).append(group)
+    works = [[_work(gm, group, key[-1]) for group in alike[:_MOST_CALLS]] for key, alike in classes.items()]
+    if judge is measured:
+        compile_ahead([calls[0] for calls in works])
     found: dict[Group, Times] = {}
-    for key, alike in classes.items():
-        works = [_work(gm, group, key[-1]) for group in alike[:_MOST_CALLS]]
-        times = judge(works)
+    for alike, calls in zip(classes.values(), works, strict=True):
+        times = judge(calls)
         if times is not None:
             found |= dict.fromkeys(alike, times)
     return found

@@ -90,11 +90,22 @@ def _read(work: Work) -> Verdict | None:
         return None
 
 
+def compile_unjudged(classes: Sequence[Work]) -> None:
+    """Compile, side by side, the tiles of all classes whose verdict is not known. Their calls are on one GPU."""
+    todo = [compile for work in classes if _read(work) is None for compile in _compilations(work)]
+    if todo:
+        make_ready(todo, classes[0].x.device)
+
+
+def _compilations(work: Work) -> list[Callable[[], Any]]:
+    """Of every tile that will be measured."""
+    return [launch.compile for tile in likely(work) for launch in launches(work, work.outputs(), tile)]
+
+
 def _measured(works: Sequence[Work]) -> Verdict:
     cold = _cold(works)
     tiles = likely(cold[0])
-    todo = [launch.compile for tile in tiles for launch in launches(cold[0], cold[0].outputs(), tile)]
-    make_ready(todo, cold[0].x.device)
+    make_ready(_compilations(cold[0]), cold[0].x.device)
     ways: dict[Tile | None, _Round] = {tile: _Round([_by(work, tile) for work in cold]) for tile in tiles}
     ways[None] = _Round([_by_cublas(work) for work in cold])
     with torch.no_grad():
