@@ -214,7 +214,7 @@ def _torch_compile(
     """torch.compile beside our best, interleaved; it may fail, and then ours stands."""
     try:
         clock.need(60, TORCH)
-        run, seconds = compiled_by_torch(step, (ids, position), "reduce-overhead", clock.left() - 20)
+        run, seconds = compiled_by_torch(step, (ids, position), "reduce-overhead", clock.left() - 20, ("cold",))
     except Exception as error:
         results[TORCH] = f"{type(error).__name__}: {error}"[:2000]
         print(f"  {TORCH}: failed, {results[TORCH][:300]}", flush=True)
