@@ -29,8 +29,8 @@ _LINE: Final = 15.0
 _CELL: Final = 64.0
 _NAME_CHARS: Final = 11
 
-_PLAIN: Final = ("#e9edf2", "#8593a3")
-_COLOURS: Final = (
+PLAIN: Final = ("#e9edf2", "#8593a3")
+COLOURS: Final = (
     ("#cfe5ff", "#2f74c0"),
     ("#ffe2b8", "#b5761a"),
     ("#d8f0d0", "#4a8f35"),
@@ -90,8 +90,8 @@ class _Drawing:
         self._racing = {party.node for race in report.races for party in (race.first, race.second)}
         self._lines: list[str] = []
         self._marks: list[str] = []
-        patterns = dict.fromkeys(_pattern(node.region) for node in report.nodes if node.region)
-        self._colours = {pattern: _COLOURS[n % len(_COLOURS)] for n, pattern in enumerate(patterns)}
+        patterns = dict.fromkeys(pattern_of(node.region) for node in report.nodes if node.region)
+        self._colours = {pattern: COLOURS[n % len(COLOURS)] for n, pattern in enumerate(patterns)}
         # Lane -> height of its middle, per band; a band shows the lanes that something happens on.
         self._rows: list[dict[int, float]] = []
         top = _HEAD
@@ -141,7 +141,7 @@ class _Drawing:
         return _LEFT + item.x + item.width / 2, self._rows[item.band][item.lane]
 
     def _colour(self, region: str | None) -> tuple[str, str]:
-        return self._colours[_pattern(region)] if region else _PLAIN
+        return self._colours[pattern_of(region)] if region else PLAIN
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -150,9 +150,9 @@ class _Drawing:
         verdict = report.verdict if report.ok else f"not proved: {report.verdict}"
         streams = f"{len(self._layout.lanes)} stream{'s' * (len(self._layout.lanes) != 1)}"
         return [
-            f'<text x="16" y="26" style="font-size:15px;font-weight:bold">{_text(shortened(name, 70))}</text>',
-            f'<text class="t" x="16" y="46"><tspan>{_text(report.size)}, {streams}: </tspan>'
-            f'<tspan style="font-weight:bold;fill:{_GREEN if report.ok else _RED}">{_text(verdict)}</tspan></text>',
+            f'<text x="16" y="26" style="font-size:15px;font-weight:bold">{text_of(shortened(name, 70))}</text>',
+            f'<text class="t" x="16" y="46"><tspan>{text_of(report.size)}, {streams}: </tspan>'
+            f'<tspan style="font-weight:bold;fill:{_GREEN if report.ok else _RED}">{text_of(verdict)}</tspan></text>',
         ]
 
     def _lane(self, lane: int, y: float) -> str:
@@ -161,8 +161,8 @@ class _Drawing:
         shown = shown if len(shown) <= _NAME_CHARS else f"…{shown[1 - _NAME_CHARS :]}"
         return (
             f'<rect x="0" y="{y - _HALF - 7:.0f}" width="{self._width:.0f}" height="{2 * _HALF + 14:.0f}" '
-            f'fill="#f0f2f5"/><g><title>stream {_text(name)}</title><text class="t" x="16" y="{y + 4:.0f}" '
-            f'style="font-weight:bold">{_text(shown)}</text></g>'
+            f'fill="#f0f2f5"/><g><title>stream {text_of(name)}</title><text class="t" x="16" y="{y + 4:.0f}" '
+            f'style="font-weight:bold">{text_of(shown)}</text></g>'
         )
 
     def _link(self, a: Item, b: Item) -> None:
@@ -181,7 +181,7 @@ class _Drawing:
         where = f"{first.stream}, region {first.region}" if first.region else first.stream
         if item.kind == "event":
             return (
-                f'<g><title>{_text(str(first))} (on {_text(where)})</title><circle cx="{x:.1f}" cy="{y:.1f}" '
+                f'<g><title>{text_of(str(first))} (on {text_of(where)})</title><circle cx="{x:.1f}" cy="{y:.1f}" '
                 f'r="{_DOT}" fill="#fff" stroke="{_GREY}" stroke-width="2"/></g>'
             )
         fill, stroke = self._colour(first.region)
@@ -192,11 +192,11 @@ class _Drawing:
             extra = ' stroke-dasharray="4 3"'
         if item.nodes[0] in self._racing:
             stroke, extra = _RED, ' stroke-width="2.5"'
-        note = f'<text class="n" x="{x:.1f}" y="{y + 12:.1f}">{_text(item.note)}</text>' if item.note else ""
+        note = f'<text class="n" x="{x:.1f}" y="{y + 12:.1f}">{text_of(item.note)}</text>' if item.note else ""
         return (
-            f'<g><title>{_text(hover)}</title><rect x="{x - item.width / 2:.1f}" y="{y - _HALF:.1f}" '
+            f'<g><title>{text_of(hover)}</title><rect x="{x - item.width / 2:.1f}" y="{y - _HALF:.1f}" '
             f'width="{item.width:.1f}" height="{2 * _HALF:.0f}" rx="4" fill="{fill}" stroke="{stroke}"{extra}/>'
-            f'<text class="l" x="{x:.1f}" y="{y + (-1 if item.note else 4):.1f}">{_text(item.label)}</text>{note}</g>'
+            f'<text class="l" x="{x:.1f}" y="{y + (-1 if item.note else 4):.1f}">{text_of(item.label)}</text>{note}</g>'
         )
 
     def _wait(self, a: Item, b: Item, label: str) -> str:
@@ -210,12 +210,12 @@ class _Drawing:
             spot = self._taken.take(width, 13, spots)
             if spot is not None:
                 x, y = spot
-                self._marks.append(f'<text class="n" x="{x:.1f}" y="{y + 3:.1f}">{_text(shown)}</text>')
+                self._marks.append(f'<text class="n" x="{x:.1f}" y="{y + 3:.1f}">{text_of(shown)}</text>')
         paths = "".join(
             f'<path d="{_path(curve)}" fill="none" stroke="{_GREY}" stroke-width="1.6" marker-end="url(#a)"/>'
             for curve in curves
         )
-        return f"<g><title>{_text(hover)}</title>{paths}</g>"
+        return f"<g><title>{text_of(hover)}</title>{paths}</g>"
 
     def _race(self, a: Item, b: Item, races: tuple[int, ...]) -> str:
         hover = "\n".join(self._report.races[number].headline for number in races[:4])
@@ -229,14 +229,14 @@ class _Drawing:
             if spot is not None:
                 x, y = spot
                 self._marks.append(
-                    f'<g><title>{_text(hover)}</title><rect x="{x - width / 2:.1f}" y="{y - 8:.1f}" '
+                    f'<g><title>{text_of(hover)}</title><rect x="{x - width / 2:.1f}" y="{y - 8:.1f}" '
                     f'width="{width:.1f}" height="16" rx="8" fill="{_RED}"/><text class="n" x="{x:.1f}" '
                     f'y="{y + 3:.1f}" style="fill:#fff;font-weight:bold">{label}</text></g>'
                 )
         paths = "".join(
             f'<path d="{_path(curve)}" fill="none" stroke="{_RED}" stroke-width="3.5"/>' for curve in curves
         )
-        return f"<g><title>{_text(hover)}</title>{paths}</g>"
+        return f"<g><title>{text_of(hover)}</title>{paths}</g>"
 
     def _curves(self, a: Item, b: Item, *, at_ends: bool) -> list[tuple[Point, Point]]:
         """From item to item; between bands, a stub at each. `at_ends`: from the one's end to the other's start."""
@@ -258,7 +258,7 @@ class _Drawing:
         y = self._bottom + 6
         parts = [f'<path d="M0 {y:.0f}H{self._width:.0f}" stroke="#d5dae0"/>']
         x, y = 16.0, y + 22
-        swatches: list[tuple[str, str]] = [(_swatch(*_PLAIN), "no region")]
+        swatches: list[tuple[str, str]] = [(_swatch(*PLAIN), "no region")]
         swatches += [(_swatch(*colour), f"region {pattern}") for pattern, colour in self._colours.items()]
         if any(item.kind == "event" for item in self._layout.items):
             swatches.append(
@@ -268,7 +268,7 @@ class _Drawing:
             (f'<path d="M0 0H22" stroke="{_GREY}" stroke-width="1.6" marker-end="url(#a)"/>', "is waited for by")
         )
         if any(item.kind == "run" for item in self._layout.items):
-            swatches.append((_swatch(*_PLAIN, ' stroke-dasharray="4 3"'), "several in one box"))
+            swatches.append((_swatch(*PLAIN, ' stroke-dasharray="4 3"'), "several in one box"))
         if self._report.races:
             swatches.append((f'<path d="M0 0H22" stroke="{_RED}" stroke-width="3.5"/>', "race: no order between them"))
         for mark, text in swatches:
@@ -276,13 +276,14 @@ class _Drawing:
             if x + width > self._width and x > 16:
                 x, y = 16.0, y + 22
             parts.append(
-                f'<g transform="translate({x:.1f} {y:.1f})">{mark}<text class="t" x="30" y="4">{_text(text)}</text></g>'
+                f'<g transform="translate({x:.1f} {y:.1f})">{mark}'
+                f'<text class="t" x="30" y="4">{text_of(text)}</text></g>'
             )
             x += width
         y += 26
         for colour, line in self._listed():
             parts.append(
-                f'<text class="t" x="16" y="{y:.1f}" xml:space="preserve" style="fill:{colour}">{_text(line)}</text>'
+                f'<text class="t" x="16" y="{y:.1f}" xml:space="preserve" style="fill:{colour}">{text_of(line)}</text>'
             )
             y += _LINE
         return parts, y + 6
@@ -309,7 +310,7 @@ def _swatch(fill: str, stroke: str, extra: str = "") -> str:
     return f'<rect x="0" y="-7" width="22" height="14" rx="3" fill="{fill}" stroke="{stroke}"{extra}/>'
 
 
-def _pattern(region: str | None) -> str:
+def pattern_of(region: str | None) -> str:
     """Regions that differ in numbers alone share a colour."""
     return re.sub(r"\d+", "*", region or "")
 
@@ -352,6 +353,6 @@ def _along(curve: tuple[Point, Point]) -> list[Point]:
     return points
 
 
-def _text(text: str) -> str:
+def text_of(text: str) -> str:
     """Text for SVG, which holds no control characters."""
     return escape(re.sub(r"[^\n\t\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text), quote=False)
