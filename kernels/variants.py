@@ -47,7 +47,7 @@ _FEW = 256 * 132
 
 
 def _flat(elements: int) -> list[Variant]:
-    few, many = ((128, 4), (256, 4), (256, 8), (128, 1)), ((1024, 4), (2048, 4), (4096, 8), (512, 4))
+    few, many = ((128, 4), (256, 4)), ((1024, 4), (2048, 4), (4096, 8), (512, 4))
     return [Variant("flat", 1, block, warps) for block, warps in (few if elements <= _FEW else many)]
 
 
@@ -58,8 +58,8 @@ def _blocks(width: int, rows: int, whole: int) -> list[Variant]:
     together = max(1, min(next_power_of_two(rows), most // block))
     found = [Variant("blocks", together, block, 4)]
     if whole > most:
-        found += [Variant("blocks", 1, 2 * most, 4), Variant("blocks", 1, most // 2, 4)]
-        found += [Variant("blocks", 1, most, 8)] if few else []
+        found += [Variant("blocks", 1, most // 2, 4)]
+        found += [] if few else [Variant("blocks", 1, 2 * most, 4)]
     elif rows > together:
         found += [Variant("blocks", together * 2, block, 4)]
     return found
@@ -68,6 +68,10 @@ def _blocks(width: int, rows: int, whole: int) -> list[Variant]:
 def _resident(rows: int, whole: int) -> list[Variant]:
     """Where each multiprocessor has one row at most, nothing hides a wait for memory: what is read is read ahead."""
     few = rows <= 132
+    if few and whole <= 4096:  # no other number of warps was ever the fastest of such rows
+        usual = max(1, whole // 512)
+        found = (usual, usual // 2 if usual >= 4 else 4)
+        return [Variant("ahead", 1, whole, warps) for warps in found if warps == 1 or warps * 32 <= whole]
     together = 1 if few else max(1, min(next_power_of_two(rows), 2048 // whole))
     tile = together * whole
     warps = max(1, min(16, tile // 512))
