@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..runtime import ranges
 from ..runtime.errors import AuxstreamWarning
 from .arguments import Arguments
 from .compiled import CompiledModel
@@ -58,6 +59,10 @@ class BucketedModel(CompiledModel):
             bucket.calls.live_storages = live
 
     @property
+    def name(self) -> str:
+        return self.graph.name.removesuffix(f"[{self._sizes[-1]}]")
+
+    @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
         return tuple(bucket.graph for bucket in self.buckets.values())
 
@@ -66,6 +71,7 @@ class BucketedModel(CompiledModel):
         graphs: dict[int | None, CapturedGraph] = {size: b.graph for size, b in reversed(self.buckets.items())}
         return ledger(graphs, self._calls.static.tensors())
 
+    @ranges.around(lambda model: f"call {model.name}")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._life is not None:
             self._life.glance()
@@ -80,6 +86,7 @@ class BucketedModel(CompiledModel):
             bucket.graph.replay()
             return bucket.calls.leave(given, rows)
 
+    @ranges.around(lambda model: f"eager {model.name}")
     def _eagerly(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._told:
             self._told = True

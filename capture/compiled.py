@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from ..kernels.fuse import FusionReport
+from ..runtime import ranges
 from ..runtime.errors import CaptureError
 from .graphs import CapturedGraph
 from .inputs import Calls
@@ -71,6 +72,11 @@ class CompiledModel:
             node.graph._owning_module = None
 
     @property
+    def name(self) -> str:
+        """As given, with its phase and bucket."""
+        return self.graph.name
+
+    @property
     def calls(self) -> Calls:
         """The memory of its inputs and outputs."""
         return self._calls
@@ -90,6 +96,7 @@ class CompiledModel:
         """What it keeps, in bytes, per bucket, pool and stream; `str` makes it a table."""
         return ledger({None: self.graph}, self._calls.static.tensors())
 
+    @ranges.around(lambda model: f"call {model.name}")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One step: inputs are copied in, the graph is replayed.
 
@@ -112,6 +119,7 @@ class CompiledModel:
         what that stream does with them, and for inputs it makes."""
         self.graph.wait()
 
+    @ranges.around(lambda model: f"eager {model.name}")
     def eager(self, *args: Any, **kwargs: Any) -> Any:
         """The model itself, op by op, with the tensors it has now; in the same order among calls.
 

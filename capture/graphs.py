@@ -114,6 +114,7 @@ class CapturedGraph:
         """Keep outside memory alive no longer: its owner knows until when it is needed."""
         self._outside = {}
 
+    @ranges.around(lambda graph: f"prove {graph.name}")
     def prove(self, *, checked: bool) -> Report:
         """Fill in the report."""
         self._report = prove(self.evidence) if checked else not_checked(self.program)
@@ -178,6 +179,7 @@ class SimulatedGraph(CapturedGraph):
         """What replays turn around first."""
         return tuple(race.hazard for race in self.report.races)
 
+    @ranges.around(lambda graph: f"replay {graph.name}")
     def replay(self) -> None:
         simulation = self.simulation
         if isinstance(thread_state.machine, RecordingMachine):
@@ -234,15 +236,12 @@ class CudaGraph(CapturedGraph):
         if isinstance(machine, RecordingMachine):
             machine.kept.append(self.cuda_graph)
 
+    @ranges.around(lambda graph: f"replay {graph.name}")
     def replay(self) -> None:
         with self.order as order:
             for observe in LAUNCH_OBSERVERS:
                 observe(self, order.stream)
-            if ranges.ENABLED:
-                with ranges.span(self.name):
-                    self.cuda_graph.replay()
-            else:
-                self.cuda_graph.replay()
+            self.cuda_graph.replay()
 
     def wait(self) -> None:
         self.order.wait()

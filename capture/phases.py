@@ -25,6 +25,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..runtime import ranges
 from ..runtime.errors import CaptureError, InputError
 from .arguments import Dims
 from .bucketing import new_pool
@@ -240,6 +241,10 @@ class PhasedModel(CompiledModel):
             one.live_storages = live
 
     @property
+    def name(self) -> str:
+        return self.decode.name.removesuffix(" decode")
+
+    @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
         return tuple(graph for model in self._compiled.values() for graph in model.graphs)
 
@@ -258,9 +263,10 @@ class PhasedModel(CompiledModel):
         if form.compiled is not None:
             return form.compiled(*args, **kwargs)
         form.check(args, kwargs)
-        with torch.no_grad(), self.graph.order:
+        with ranges.span(f"eager {self.name} {form.title}"), torch.no_grad(), self.graph.order:
             return form.model(*args, **kwargs)
 
+    @ranges.around(lambda model: f"eager {model.name}")
     def eager(self, *args: Any, **kwargs: Any) -> Any:
         """The model of the call's phase itself, op by op; in the same order among calls."""
         with torch.no_grad(), self.graph.order:

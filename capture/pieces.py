@@ -9,7 +9,7 @@ stream, to which every lane has come back when it ends; the host waits for nothi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ class PiecewiseGraph(CapturedGraph):
     def _recorded(self) -> Evidence:
         return compose(self.pieces)
 
+    @ranges.around(lambda graph: f"prove {graph.name}")
     def prove(self, *, checked: bool) -> Report:
         """Fill in the report: of two steps, one right behind the other."""
         self._report = verify_step(self.pieces, rounds=2) if checked else not_checked(self.program)
@@ -104,6 +105,14 @@ class Launch:
     after: tuple[int, ...]
 
 
+def _ranged(launches: Sequence[Launch], pieces: Sequence[Piece]) -> Iterator[Launch]:
+    """The launches, each in a range of its piece's name."""
+    for launch, piece in zip(launches, pieces, strict=True):
+        what = f"{'eager' if piece.eager else 'piece'} {piece.name}"
+        lane = "" if launch.lane is None else f" [launch lane{launch.lane}]"
+        yield launch if launch.run is None else replace(launch, run=ranges.around(what + lane)(launch.run))
+
+
 class CudaPieces(PiecewiseGraph):
     """Pieces captured as CUDA graphs."""
 
@@ -120,20 +129,18 @@ class CudaPieces(PiecewiseGraph):
         super().__init__(name, pieces, regions, memory)
         self._order = order
         self._turn = _Turn(device, 1 + max((launch.lane for launch in launches if launch.lane is not None), default=-1))
-        self._steps = self._turn.steps(launches)
+        self._steps = self._turn.steps([*_ranged(launches, self.pieces)] if ranges.ENABLED else launches)
 
     @property
     def order(self) -> ReplayOrder:
         return self._order
 
+    @ranges.around(lambda graph: f"replay {graph.name}")
     def replay(self) -> None:
         with torch.no_grad(), self._order as order:
             for observe in LAUNCH_OBSERVERS:
                 observe(self, order.stream)
-            if ranges.ENABLED:
-                with ranges.span(self.name):
-                    self._launch(order)
-            elif torch.is_autocast_enabled("cuda"):  # as captured, whatever mode the replay comes in
+            if torch.is_autocast_enabled("cuda"):  # as captured, whatever mode the replay comes in
                 with torch.autocast("cuda", enabled=False):
                     self._launch(order)
             else:

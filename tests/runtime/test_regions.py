@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import auxstream
-from auxstream.runtime import ranges
 from auxstream.runtime.errors import (
     AuxstreamError,
     AuxstreamWarning,
@@ -676,30 +675,6 @@ def test_kill_switch(capsys: pytest.CaptureFixture[str]) -> None:
     assert off.stdout == "1 3 ('a',) True\n", off.stderr  # one stream, no events
     exec(SCRIPT, {})
     assert capsys.readouterr().out == "2 7 ('a',) True\n", "the same script, here"
-
-
-def test_nvtx_ranges_balance() -> None:
-    script = """
-import torch, auxstream
-from auxstream.runtime import ranges
-pushed = []
-real_push, real_pop = ranges._CALLS
-ranges.__dict__["_CALLS"] = (lambda m: (pushed.append(m), real_push(m)), lambda: (pushed.append(None), real_pop()))
-x = torch.ones(2)
-with auxstream.graph("g", device="cpu") as g:
-    auxstream.parallel(lambda: x + 1, lambda: x + 2, reads=x, name="pair")
-try:
-    with auxstream.graph("h", device="cpu"):
-        auxstream.fork("open", x).__enter__()
-except auxstream.AuxstreamError as error:
-    assert "'open'" in str(error), error
-print(pushed)
-"""
-    done = run_script(script, AUXSTREAM_NVTX="1")
-    assert done.returncode == 0, done.stderr
-    expected = ["capture g", "pair [lane0]", None, None, "capture h", "open [lane0]", None, None]
-    assert done.stdout.strip() == str(expected)
-    assert not ranges.ENABLED, "off by default"
 
 
 def test_a_misspelt_variable_stops_the_program() -> None:
