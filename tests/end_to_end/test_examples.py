@@ -1,4 +1,5 @@
-"""The examples: `by_hand.py` as a newcomer runs it, and with the one-line changes it invites; the options in a file."""
+"""The examples: `by_hand.py` as a newcomer runs it, and with the one-line changes it invites; a whole model; the options in a
+file."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,56 @@ def test_the_comments_name_every_other_option_with_its_default(tmp_path: Path) -
     assert names | {"multi_stream_moe", "mlir_elementwise_fusion"} == {
         field.name for field in fields(auxstream.Options)
     }
+
+
+# --- compile_moe.py, torch_compile.py: a whole model ------------------------------------------------------------------
+
+
+def run_here(name: str, monkeypatch: pytest.MonkeyPatch, *changes: tuple[str, str]) -> int:
+    """The exit code of an example, run in this process as a script; torch takes longer to import than it to run."""
+    text = (EXAMPLES / name).read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, f"the example no longer has exactly one {old!r}"
+        text = text.replace(old, new)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pytest.raises(SystemExit) as done:
+        exec(compile(text, name, "exec"), {"__name__": "__main__"})
+    return int(done.value.code or 0)
+
+
+def test_a_model_is_compiled_for_several_numbers_of_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here("compile_moe.py", monkeypatch) == 0
+    shown = capsys.readouterr().out
+    assert "2 graphs, 2 regions, proved" in shown
+    assert "layers.0.shared: " in shown
+    assert "bucket 8: 3 to 8 rows" in shown
+    assert ": no race" in shown
+    assert "8 of 8 outputs near eager's" in shown
+
+
+def test_a_region_is_switched_off_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ("(2, 8)", "(8,)"), (',layers.*.shared=on")', ',layers.1.shared=on")')
+    assert run_here("compile_moe.py", monkeypatch, *changes) == 0
+    shown = capsys.readouterr().out
+    assert "1 region, proved" in shown
+    assert "layers.1.shared: " in shown
+    assert "layers.0.shared" not in shown
+
+
+def test_torch_compile_finds_the_backend_and_overlaps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    changes: tuple[tuple[str, str], ...] = ()
+    if "auxstream" not in entry_points(group="torch_dynamo_backends").names:  # on the path, and not installed
+        changes = (
+            ('backend="auxstream"', "backend=auxstream.capture.dynamo.auxstream"),
+            ("import logging\n", "import logging\n\nimport auxstream.capture.dynamo\n"),
+        )
+    torch._dynamo.reset()
+    assert run_here("torch_compile.py", monkeypatch, *changes) == 0
+    assert "5 of 5 outputs near eager's" in capsys.readouterr().out
+    assert "1 graph, 2 regions, proved" in caplog.text
