@@ -14,6 +14,7 @@ ARGS ?=
 TORCH_INDEX ?=
 
 LINKS := build/dev
+PAGES := build/pages
 SOURCES := pyproject.toml setup.py
 
 ifeq ($(VENV),system)
@@ -26,12 +27,13 @@ RUN := $(VENV)/bin/python -P
 endif
 PIP := $(VENV)/bin/python -m pip install -q --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test lint dev clean ready-demo ready-test ready-lint always
+.PHONY: help demo test lint docs dev clean ready-demo ready-test ready-lint ready-docs always
 
 help:
 	@echo "make demo    the main job: a MoE model, one stream against two, in one table   (ARGS=...)"
 	@echo "make test    the tests                                                         (ARGS=...)"
 	@echo "make lint    ruff, and pyright on the library"
+	@echo "make docs    the documentation as pages, with the API reference: build/site/index.html"
 	@echo "make dev     links under $(LINKS)/auxstream, for editors and type checkers"
 	@echo "make clean   remove .venv and build"
 	@echo "with         PYTHON=$(PYTHON)  TORCH=$(TORCH)  VENV=$(VENV) (or VENV=system)"
@@ -49,6 +51,15 @@ lint: ready-lint dev
 	echo "auxstream: ruff"; $(RUN) -m ruff check . || failed=1; \
 	echo "auxstream: pyright"; $(RUN) -m pyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')" || failed=1; \
 	exit $$failed
+
+# Laid out as in the repository, so that one link serves both; a dead one is an error.
+docs: ready-docs dev
+	@echo "auxstream: building the documentation"
+	@mkdir -p $(PAGES)
+	@for source in README.md ARCHITECTURE.md docs examples bench; do \
+	  [ -L "$(PAGES)/$$source" ] || ln -s "../../$$source" "$(PAGES)/$$source"; done
+	@$(RUN) -m mkdocs build --strict $(ARGS)
+	@echo "auxstream: build/site/index.html"
 
 dev:
 	@mkdir -p $(LINKS)/auxstream
@@ -82,6 +93,8 @@ if sys.argv[1] == "test":
     wanted.update(pytest="pytest")
 if sys.argv[1] == "lint":
     wanted = {"ruff": "ruff", "pyright": "pyright[nodejs]"}
+if sys.argv[1] == "docs":
+    wanted = {"mkdocs": "mkdocs>=1.6,<2", "mkdocstrings_handlers.python": "mkdocstrings[python]", "pygments": "pygments"}
 useful = {"hypothesis": "the tests that need it are left out", "pytest_timeout": "tests run without time limits"}
 if "torch" in wanted and found("torch"):
     import torch
@@ -101,7 +114,7 @@ print("auxstream: using %s (VENV=system), installing nothing" % sys.executable)
 endef
 export CHECK
 
-ready-demo ready-test ready-lint: dev
+ready-demo ready-test ready-lint ready-docs: dev
 	@$(PYTHON) -c "$$CHECK" $(@:ready-%=%)
 
 else
@@ -109,6 +122,7 @@ else
 ready-demo: $(VENV)/.demo
 ready-test: $(VENV)/.test
 ready-lint: $(VENV)/.lint
+ready-docs: $(VENV)/.docs
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -143,6 +157,18 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 $(VENV)/.lint: $(VENV)/.torch $(SOURCES)
 	@echo "auxstream: installing auxstream, editable, ruff and pyright"
 	@$(PIP) -e '.[hf,dev]' '$(TORCH)'
+	@touch $@
+
+# Pages are made of the source as text: neither torch nor auxstream itself is installed for them.
+define DOCS
+import tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+endef
+export DOCS
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	@echo "auxstream: installing what the documentation is built with"
+	@$(PIP) $$($(VENV)/bin/python -c "$$DOCS")
 	@touch $@
 
 endif
