@@ -14,7 +14,6 @@ position, by a dozen kernels). Needs a GPU.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,11 +27,10 @@ from torch.nn import functional
 from ..kernels.ahead import make_ready
 from ..kernels.attention import Work, decode_attention, reference, settle
 from ..kernels.attention_plan import Plan, Sizes, plan, splits_for
-from ..runtime.errors import AuxstreamError
-from .harness import device_time, interleave, write
+from .command import CommandLine
+from .harness import interleave, write
+from .replays import Chain, flusher, paces
 
-FLUSH: Final = 256 << 20
-"""Bytes read before each replay: several times what an L2 cache holds, and nothing to be written back."""
 _MOST_LAYERS, _ENOUGH = 16, 1 << 30
 Run = Callable[[Work], Tensor]
 
@@ -116,31 +114,6 @@ def parts_only(cut: Plan, like: Work) -> Run:
     return run
 
 
-class Chain:
-    """Layers one behind the other in a CUDA graph."""
-
-    def __init__(self, run: Run, stack: Sequence[Work], flush: Tensor) -> None:
-        self._kept, self._flush, self._count = (run, stack), flush, len(stack)
-        self._graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(stream):
-            run(stack[0])
-            stream.synchronize()
-            with torch.cuda.graph(self._graph, stream=stream):
-                for work in stack:
-                    run(work)
-
-    def sample(self) -> float:
-        """Microseconds per layer."""
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._flush.sum()
-        start.record()
-        self._graph.replay()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) * 1000 / self._count
-
-
 def stack_of(layer: Layer, batch: int, context: int) -> list[Work]:
     each = layer.seen_bytes(batch, context)
     return [layer.work(batch, context, context) for _ in range(max(2, min(_MOST_LAYERS, _ENOUGH // each)))]
@@ -161,8 +134,8 @@ def measure(layer: Layer, stack: Sequence[Work], seen: int, flush: Tensor, pace:
     batch, context = stack[0].k.shape[0], stack[0].k.shape[2]
     works, cut = with_seen(layer, stack, seen), plan(layer.sizes(batch, context))
     runs: dict[str, Run] = {"as models do": expanded, "enable_gqa": grouped, "auxstream::decode_attention": by_op}
-    chains = {name: Chain(run, works, flush) for name, run in runs.items()}
-    chains["parts"] = Chain(parts_only(cut, works[0]), works, flush)
+    chains = {name: Chain(run, works, flush=flush) for name, run in runs.items()}
+    chains["parts"] = Chain(parts_only(cut, works[0]), works, flush=flush)
     figures = interleave({name: chain.sample for name, chain in chains.items()}, rounds, "us")
     floor = layer.seen_bytes(batch, seen) / pace / 1e6
     print(f"  {seen} seen, floor {floor:.2f} us")
@@ -244,32 +217,23 @@ def sweep(layer: Layer, stack: Sequence[Work], seen: Sequence[int], flush: Tenso
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
-def read_pace() -> float:
-    """TB/s of a sum over one GiB."""
-    words = torch.zeros(1 << 28, device="cuda")
-    return words.nbytes / interleave({"read": lambda: device_time(words.sum, 5)}, 7, "us")["read"].median / 1e6
-
-
 def seen_of(layer: Layer, context: int, given: Sequence[int]) -> list[int]:
     most = context if layer.window is None else min(context, layer.window)
     return sorted({min(count, most) for count in (*given, context)})
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    quick = {"rounds": 5, "batch": [1], "context": [1024], "seen": [1000]}
+    parser = CommandLine(__doc__, rounds=10, limit=300, quick=quick)
     parser.add_argument("--layers", nargs="+", choices=list(LAYERS), default=list(LAYERS)[:2])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--seen", type=int, nargs="+", default=[100, 1000])
-    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--sweep", action="store_true", help="also try every way to cut the keys")
-    parser.add_argument("--json", help="write the figures here")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise AuxstreamError("bench.attention measures CUDA graphs", came="no GPU", remedy="run it on one with a GPU")
+    options = parser.options(arguments)
     torch.manual_seed(0)
-    flush, pace = torch.zeros(FLUSH // 4, device="cuda"), read_pace()
-    results: dict[str, Any] = {"read TB/s": pace}
+    flush, pace, left_out = flusher(), paces()["read"], list[str]()
+    results: dict[str, Any] = {"read TB/s": pace, "left out": left_out}
     print(f"{torch.cuda.get_device_name()}: {pace:.2f} TB/s read")
     cases = list(itertools.product(options.layers, options.context, options.batch))
     if options.sweep:
@@ -279,8 +243,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             for batch in options.batch:
                 ahead += [(cut, like) for cut in candidates(LAYERS[name].sizes(batch, context))]
         compile_ahead(ahead)
-    for name, context, batch in cases:
-        layer, label = LAYERS[name], f"{name}, context {context}, batch {batch}"
+
+    def label_of(case: tuple[str, int, int]) -> str:
+        return "{}, context {}, batch {}".format(*case)
+
+    for name, context, batch in options.clock.in_time(cases, left_out, label_of):
+        layer, label = LAYERS[name], label_of((name, context, batch))
         stack, seen = stack_of(layer, batch, context), seen_of(layer, context, options.seen)
         print(f"{label}, {len(stack)} layers: {plan(layer.sizes(batch, context))}")
         for count in seen:

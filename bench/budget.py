@@ -1,18 +1,24 @@
 """Time: how long a call takes on this device, and how much is left for the rest of a benchmark.
 
-Enters: a device, and the moment by which all must be done. Leaves: samples; `Out` where a part would take too long.
+Enters: a device, and the moment by which all must be done. Leaves: samples; `Out` where a part would take too long, and
+the names of cases for which nothing was left.
 """
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
 from ..runtime.errors import AuxstreamError
 from .harness import Figure, device_time, figure
+
+T = TypeVar("T")
 
 
 class Out(AuxstreamError):
@@ -37,6 +43,19 @@ class Clock:
         """Raise if so many seconds, which `what` is expected to take, are not left."""
         if self.left() < seconds:
             raise Out(f"{what} was left out", expected=f"{seconds:.0f} s for it", came=f"{self.left():.0f} s left")
+
+    def in_time(self, cases: Iterable[T], left_out: list[str], said: Callable[[T], str] = str) -> Iterator[T]:
+        """Those cases for which time is left if each takes half as long again as the longest before it; the others are
+        named in `left_out`."""
+        longest = 0.0
+        for case in cases:
+            if self.left() < 1.5 * longest + 1:
+                left_out.append(said(case))
+                print(f"left out, {self.left():.0f} s left: {left_out[-1]}", flush=True)
+                continue
+            start = time.monotonic()
+            yield case
+            longest = max(longest, time.monotonic() - start)
 
     def ms(self, run: Callable[[], object], times: int = 10) -> float:
         """Milliseconds per call, calls given back to back."""
@@ -63,3 +82,19 @@ class Clock:
                 samples.append((time.perf_counter_ns() - start) / 1000)
         self.settle()
         return figure(samples, "us")
+
+
+@contextmanager
+def limit(seconds: float) -> Generator[None]:
+    """Raise TimeoutError in the block once it has taken that long, and again if that was caught; in the main thread."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"took more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 10)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

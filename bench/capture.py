@@ -9,7 +9,6 @@ Does not measure: tracing, fusing, compiling kernels. Needs a GPU and the extra 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,25 +22,22 @@ from ..capture.proof import Report
 from ..capture.schedule import insert_regions
 from ..capture.trace import trace
 from ..kernels import fuse_elementwise
-from ..runtime.errors import AuxstreamError
 from ..runtime.settings import Verify
+from .command import CommandLine
 from .harness import interleave, write
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__, rounds=5, limit=300, quick={"layers": 4, "rounds": 2})
     parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write the figures here")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise AuxstreamError("bench.capture captures CUDA graphs", came="no GPU", remedy="run it on a machine with one")
+    options = parser.options(arguments)
     torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device("cuda")
     step = DecodeStep(build(gemma4_config(options.layers, "full"), device), 1, 1024)
     ids, position = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((1, 1), (1,)))
-    results: dict[str, Any] = {}
-    for fusion in ("unfused", "fused everywhere"):
+    left_out: list[str] = []
+    results: dict[str, Any] = {"left out": left_out}
+    for fusion in options.clock.in_time(("fused everywhere", "unfused"), left_out):
         traced = trace(step, (ids, position))
         module = traced.graph_module
         mark_multi_stream_moe_shared_experts(module)

@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import math
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from ..capture.evidence import Evidence, Touch
 from ..capture.graphs import CudaGraph
 from ..capture.program import Buffer, TensorRef
-from .harness import device_time
-
-Launches = Mapping[str, tuple[float, float]]
-"""Kernels of one replay, by name: how many, and their microseconds in all."""
+from .launches import Launches, launches_of
+from .replays import paces
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,39 +50,11 @@ def costliest(graph: CudaGraph, most: int = 10, replays: int = 3) -> list[Costly
     """The kernels that take most of a replay's time."""
     launches = launches_of(graph.cuda_graph.replay, replays)
     moved = bytes_by_kernel(graph.evidence, launches)
-    per_us = copy_bandwidth() / 1e6
+    per_us = paces()["copy"] * 1e6
     found: list[Costly] = []
     for name, (calls, us) in sorted(launches.items(), key=lambda item: -item[1][1])[:most]:
         nbytes = moved.get(name)
         found.append(Costly(name, calls, us, nbytes, None if nbytes is None else nbytes / per_us))
-    return found
-
-
-def copy_bandwidth(nbytes: int = 1 << 29) -> float:
-    """Bytes per second that a large copy on this device reads and writes."""
-    source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    device_time(lambda: target.copy_(source), 3)
-    return 2 * nbytes / (device_time(lambda: target.copy_(source), 10) / 1e6)
-
-
-def launches_of(replay: Callable[[], object], replays: int) -> Launches:
-    """What the device did in one replay, on average over a few."""
-    replay()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(replays):
-            replay()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    found: dict[str, tuple[float, float]] = {}
-    for event in events:
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            calls, us = found.get(event["name"], (0.0, 0.0))
-            found[event["name"]] = (calls + 1 / replays, us + event["dur"] / replays)
     return found
 
 

@@ -12,12 +12,9 @@ torch.compile may fail or take too long: that is reported, and what was measured
 
 from __future__ import annotations
 
-import argparse
 import re
-import signal
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,10 +28,12 @@ from ..capture.trace import trace
 from ..kernels import FusionReport, fuse_elementwise
 from ..kernels.derive import copy_of
 from ..kernels.launch import compile_ahead
-from ..runtime.errors import AuxstreamError
 from ..runtime.settings import SafetyRules
+from .budget import Clock, limit
+from .command import CommandLine
 from .harness import interleave, write
-from .launches import KINDS, Captured, by_kind
+from .launches import KINDS, Launches, by_kind
+from .replays import Captured
 
 CONTEXT = 1024
 COMPILED = "torch.compile"
@@ -56,22 +55,6 @@ def variants(traced: GraphModule) -> Iterator[tuple[str, GraphModule, FusionRepo
         fused = time.perf_counter()
         compile_ahead(report.fusions)
         yield name, module, report, {"fuse": fused - start, "compile or load": time.perf_counter() - fused}
-
-
-@contextmanager
-def limit(seconds: float) -> Generator[None]:
-    """Raise TimeoutError in the block once it has taken that long, and again if that was caught; in the main thread."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"took more than {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 10)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # --- what is left -----------------------------------------------------------------------------------------------------
@@ -165,23 +148,21 @@ class Bench:
         self.results["pointwise launches, ours over torch.compile's"] = ours / theirs
         print(f"pointwise launches per layer: {ours:.2f}, torch.compile {theirs:.2f}, ratio {ours / theirs:.2f}")
         print("torch.compile's kernels, by count:")
-        kernels: dict[str, tuple[int, float]] = self.results[COMPILED]["kernels"]
+        kernels: Launches = self.results[COMPILED]["kernels"]
         for name, (count, us) in sorted(kernels.items(), key=lambda item: -item[1][0])[:40]:
             print(f"  {count / self.layers:6.2f} a layer, {us / count:7.2f} us each  {name[:110]}")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    quick = {"layers": 4, "rounds": 3, "compile_limit": 0}
+    parser = CommandLine(__doc__, rounds=10, limit=560, quick=quick)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--compile-limit", type=float, default=300, help="seconds for torch.compile; 0 leaves it out")
-    parser.add_argument("--json", help="write the figures here")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise AuxstreamError("bench.decode counts launches of CUDA graphs", came="no GPU", remedy="run it on one")
-    device = torch.device("cuda")
+    options = parser.options(arguments)
+    clock: Clock = options.clock
+    device = clock.device
     step = DecodeStep(build(gemma4_config(options.layers, options.size), device), options.batch, CONTEXT)
     ids = torch.zeros(options.batch, 1, dtype=torch.int64, device=device)
     position = torch.full((1,), CONTEXT // 2, dtype=torch.int64, device=device)
@@ -190,20 +171,23 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     bench = Bench(options.layers, (ids, position))
     print(f"{options.layers} layers, batch {options.batch}; launches per layer")
-    for name, module, report, seconds in variants(traced):
-        bench.add(name, module, seconds=seconds)
+    for name, module, report, stages in variants(traced):
+        bench.add(name, module, seconds=stages)
         if report is not None:
-            print(f"  {report.summary}; " + ", ".join(f"{took:.2f} s to {what}" for what, took in seconds.items()))
+            print(f"  {report.summary}; " + ", ".join(f"{took:.2f} s to {what}" for what, took in stages.items()))
         if name == EVERYWHERE and report is not None:
             layer = min(1, options.layers - 1)
             lines = bench.results[name]["one layer"] = remaining(module, report, layer)
             print(f"  layer {layer}, in order:", *lines, sep="\n    ", flush=True)
     bench.time(options.rounds)
     write(options.json, "decode", bench.results)
-    if options.compile_limit:
+    seconds = min(options.compile_limit, clock.left() - 10)
+    if options.compile_limit and seconds < 10:
+        bench.results["left out"] = [COMPILED]
+    elif options.compile_limit:
         try:
             start = time.perf_counter()
-            with limit(options.compile_limit):
+            with limit(seconds):
                 compiled = torch.compile(copy_of(traced), dynamic=False, fullgraph=True)
                 bench.add(COMPILED, compiled)
             print(f"  {time.perf_counter() - start:.0f} s to compile", flush=True)

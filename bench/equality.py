@@ -1,6 +1,6 @@
 """Every architecture's decode step on one stream and on several: the same bits, replay after replay.
 
-    python -m auxstream.bench.models --architectures [--model NAME ...] [--batch B ...] [--replays N] [--part K/N]
+    python -m auxstream.bench.equality [--model NAME ...] [--batch B ...] [--replays N] [--part K/N]
 
 Each architecture (tiny, random weights) is traced for each batch size, and captured on one stream and once for each of
 its layouts (bench/layouts.py), in which shared experts and every further branch run on lanes. Each replay draws tokens,
@@ -13,6 +13,7 @@ fit into `--limit` seconds is left out, and named.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ from ..capture.trace import TracedGraph, trace
 from ..runtime.errors import AuxstreamError
 from .architectures import MODELS, VOCABULARY
 from .budget import Clock
+from .command import CommandLine
 from .controls import Fault
 from .harness import write
 from .lab import Fusion, Lab, Row, Variant, compare, repeatable_attention
@@ -120,33 +122,22 @@ def _one_stream(lab: Lab, fusion: Fusion) -> Variant:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    quick = {"replays": 100, "prompts": 0, "batch": [BATCHES[0]]}
+    parser = CommandLine(__doc__, rounds=None, limit=560, quick=quick, devices=("cuda", "cpu"))
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--replays", type=int, default=1000)
     parser.add_argument("--prompts", type=int, default=200, help="for each architecture; 0 leaves them out")
     parser.add_argument("--fusion", choices=("unfused", "caller", "everywhere"), default="unfused")
     parser.add_argument("--part", default="1/1", help="K/N: every Nth architecture, from the Kth on")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="100 replays of the first batch, no prompts")
-    parser.add_argument("--limit", type=float, default=560, help="seconds in all")
-    parser.add_argument("--json", help="write the figures here")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise AuxstreamError("CUDA graphs are compared", came="no GPU", remedy="try --device cpu --replays 5")
-    if options.quick:
-        options.replays, options.prompts, options.batch = min(options.replays, 100), 0, options.batch[:1]
-    clock = Clock.of(torch.device(options.device), options.limit)
+    options = parser.options(arguments)
+    clock: Clock = options.clock
     cases: list[dict[str, Any]] = []
     left_out: list[str] = []
     errors: dict[str, str] = {}
     results: dict[str, Any] = {"replays": options.replays, "cases": cases, "left out": left_out, "errors": errors}
-    longest = 0.0
     with repeatable_attention():
-        for name, batch in _turns(options):
-            if clock.left() < 1.5 * longest + 5:
-                left_out.append(f"{name}, batch {batch}")
-                continue
+        for name, batch in clock.in_time(_turns(options), left_out, lambda turn: f"{turn[0]}, batch {turn[1]}"):
             start = time.monotonic()
             made: list[Case] = []
             try:
@@ -160,15 +151,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 errors[f"{name}, batch {batch}"] = f"{type(error).__name__}: {error}"
                 print(f"{name:18} {batch:3} FAILED  {type(error).__name__}: {error}", flush=True)
             took = time.monotonic() - start
-            longest = max(longest, took)
             for case in made:
                 print(case, flush=True)
                 cases.append({**case.plain(), "seconds": took})
-            write(options.json, "models", results)
+            write(options.json, "equality", results)
     failed = [case for case in cases if not case["passed"]]
     results["all passed"] = bool(cases) and not failed and not left_out and not errors
     print(f"{len(cases)} comparisons, {len(failed)} failed; errors: {len(errors)}; left out: {left_out}")
-    write(options.json, "models", results)
+    write(options.json, "equality", results)
     return results
 
 
@@ -177,3 +167,7 @@ def _turns(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
     for name in options.model[int(first) - 1 :: int(every)]:
         for batch in options.batch:
             yield name, batch
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main()["all passed"] else 1)

@@ -10,7 +10,6 @@ place of the pair that was chosen. Does not measure: the router, the host, other
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ from ..kernels import experts_many as many
 from ..kernels.experts_plan import Experts, Form, Plan, down_tiles, form_of, run, tokens_of, up_tiles
 from ..kernels.experts_reference import activate
 from ..kernels.experts_work import Activation, Work
-from ..runtime.errors import AuxstreamError
-from .harness import Figure, device_time, interleave, write
+from .command import CommandLine
+from .harness import Figure, interleave, write
+from .replays import Chain, paces
 
 HIDDEN, INNER, EXPERTS, CHOICES = 2816, 704, 128, 8
 LAYERS = 8
@@ -50,27 +50,6 @@ def stacked() -> list[tuple[Tensor, Tensor]]:
         down = torch.empty(EXPERTS, HIDDEN, INNER, device="cuda", dtype=torch.bfloat16).normal_(0, INNER**-0.5)
         found.append((up, down))
     return found
-
-
-class Timed:
-    """Every layer in one CUDA graph."""
-
-    def __init__(self, call: Callable[[Work], Tensor], calls: list[Work]) -> None:
-        self._kept = (call, calls)
-        self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(stream):
-            for _ in range(2):
-                call(calls[0])
-            stream.synchronize()
-            with torch.cuda.graph(self._graph, stream=stream):
-                for work in calls:
-                    call(work)
-
-    def __call__(self) -> float:
-        """Microseconds per layer."""
-        return device_time(self._graph.replay, 4) / LAYERS
 
 
 def grouped_mm(work: Work) -> Tensor:
@@ -146,38 +125,24 @@ def exact(work: Work) -> Tensor:
 
 def measure(calls: list[Work], pace: float, sweep: bool, rounds: int) -> Batch:
     runs = variants(calls[0], sweep)
-    figures = interleave({name: Timed(call, calls) for name, call in runs.items()}, rounds, "us")
+    figures = interleave({name: Chain(call, calls, replays=4).sample for name, call in runs.items()}, rounds, "us")
     expected = exact(calls[0])
     errors = {name: float((call(calls[0]).double() - expected).norm() / expected.norm()) for name, call in runs.items()}
     count = sum(work.chosen.unique().numel() for work in calls) / len(calls)
     return Batch(count, count * 3 * INNER * HIDDEN * 2 / pace / 1e6, figures, errors)
 
 
-def paces() -> dict[str, float]:
-    """TB/s of a copy and of a sum over one GiB."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").zero_()
-    target = torch.empty_like(source)
-    words = source.view(torch.float32)
-    runs = {"copy": lambda: device_time(lambda: target.copy_(source), 5), "read": lambda: device_time(words.sum, 5)}
-    figures = interleave(runs, 7, "us")
-    copied, read = figures["copy"].median, figures["read"].median
-    return {"copy": 2 * source.nbytes / copied / 1e6, "read": source.nbytes / read / 1e6}
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="write the figures here")
+    parser = CommandLine(__doc__, rounds=7, limit=300, quick={"rounds": 3, "batch": [1]})
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 32, 64, 128, 512, 2048])
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sweep", action="store_true", help="every pair of candidate tiles")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise AuxstreamError("bench.experts measures CUDA graphs", came="no GPU", remedy="run it on a machine with one")
+    options = parser.options(arguments)
     torch.manual_seed(0)
-    results: dict[str, Any] = {"TB/s": paces()}
+    left_out: list[str] = []
+    results: dict[str, Any] = {"TB/s": paces(), "left out": left_out}
     print(f"{torch.cuda.get_device_name()}: {results['TB/s']}")
     weights = stacked()
-    for tokens in options.batch:
+    for tokens in options.clock.in_time(options.batch, left_out, "batch {}".format):
         calls = layers(tokens, weights)
         batch = measure(calls, results["TB/s"]["copy"], options.sweep, options.rounds)
         print(f"batch {tokens} ({form_of(calls[0])}): " + "\n".join(batch.lines()), flush=True)

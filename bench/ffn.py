@@ -10,12 +10,11 @@ and the extra `hf`.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..capture.huggingface import build, gemma4_config
 from ..capture.mark import mark_multi_stream_moe_shared_experts
@@ -23,31 +22,13 @@ from ..capture.schedule import insert_regions
 from ..capture.trace import trace
 from ..kernels import fuse_elementwise
 from ..kernels.derive import copy_of
-from ..runtime.errors import AuxstreamError
+from .blocks import FeedForward
+from .command import CommandLine
 from .harness import interleave, write
-from .launches import Captured, by_kind
+from .launches import by_kind
+from .replays import Captured
 
 FUSIONS = ("unfused", "fused on the caller", "fused everywhere")
-
-
-class FeedForward(nn.Module):
-    """What a decoder layer does behind its attention, layer after layer."""
-
-    def __init__(self, layers: Any) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        layers: Any = self.layers
-        for layer in layers:
-            residual = hidden
-            dense = layer.post_feedforward_layernorm_1(layer.mlp(layer.pre_feedforward_layernorm(residual)))
-            flat = residual.reshape(-1, residual.shape[-1])
-            _, weights, chosen = layer.router(flat)
-            routed = layer.experts(layer.pre_feedforward_layernorm_2(flat), chosen, weights).reshape(residual.shape)
-            merged = layer.post_feedforward_layernorm(dense + layer.post_feedforward_layernorm_2(routed))
-            hidden = (residual + merged) * layer.layer_scalar
-        return hidden
 
 
 def graphs(model: FeedForward, hidden: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -67,19 +48,16 @@ def graphs(model: FeedForward, hidden: Tensor) -> dict[str, Callable[[Tensor], T
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__, rounds=30, limit=300, quick={"layers": 2, "rounds": 5, "no_compile": True})
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--json", help="write the figures here")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise AuxstreamError("bench.ffn measures CUDA graphs", came="no GPU", remedy="run it on a machine with one")
+    options = parser.options(arguments)
     decoder = build(gemma4_config(options.layers, "full"), torch.device("cuda"))
     model = FeedForward(decoder.model.layers)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    results: dict[str, Any] = {}
-    for batch in options.batch:
+    left_out: list[str] = []
+    results: dict[str, Any] = {"left out": left_out}
+    for batch in options.clock.in_time(options.batch, left_out, "batch {}".format):
         hidden = torch.randn(batch, 1, 2816, device="cuda", dtype=torch.bfloat16)
         runs = {name: Captured(run, hidden) for name, run in graphs(model, hidden).items()}
         if not options.no_compile:

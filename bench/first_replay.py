@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .command import CommandLine
 from .harness import write
 
 WEIGHTS = "weights"
@@ -79,16 +80,13 @@ def staged(options: argparse.Namespace) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__, rounds=None, limit=300, quick={"layers": 2}, devices=("cuda", "cpu"))
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--limit", type=float, default=300, help="seconds for both processes")
     parser.add_argument("--since", type=float, help="this is the process to be measured, started at that time")
-    parser.add_argument("--json", help="write the figures here")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     results: dict[str, Any] = first_replays(options, options.limit) if options.since is None else {**staged(options)}
     write(options.json, "first_replay", results)
     return results

@@ -1,6 +1,6 @@
 """What fused kernels cost: against eager, torch.compile, a device copy and an empty kernel, interleaved in one run.
 
-    python -m auxstream.bench.fusion [--json PATH] [--quick]
+    python -m auxstream.bench.fusion [--hidden N ...] [--rows M ...] [--quick] [--json PATH]
 
 Measures: device time per call of one chain, replayed from a CUDA graph of CALLS calls, so that the host does not count.
 Large shapes move at least 200 MB, far more than the L2 cache holds; decode-sized ones are warm, as they are between
@@ -10,7 +10,6 @@ the products of a decode step. Bytes are those a chain must read and write once.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,13 +21,15 @@ from torch.nn import functional
 
 from ..capture.trace import trace
 from ..kernels import fuse_elementwise
-from ..runtime.errors import AuxstreamError
-from .harness import Figure, device_time, interleave, write
+from .command import CommandLine
+from .harness import Figure, interleave, write
+from .replays import Chain
 
 CALLS = 20
 LARGE_BYTES = 256 << 20
-DECODE_ROWS = (1, 8, 64)
-HIDDEN = (2048, 4096, 8192, 16384)
+COLUMNS = 4096
+"""Of decode-sized shapes."""
+TORCH = "torch.compile"
 
 
 class ResidualRmsNorm(nn.Module):
@@ -75,7 +76,7 @@ class ResidualLayerNorm(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class Fusible:
     """A chain of ops: its module, its inputs' columns per hidden unit, and the tensors it moves per row."""
 
     make: Callable[[int], nn.Module]
@@ -84,30 +85,17 @@ class Chain:
 
 
 CHAINS = {
-    "residual + RMSNorm": Chain(ResidualRmsNorm, (1, 1), 4),
-    "SwiGLU": Chain(lambda hidden: SwiGlu(), (2,), 3),
-    "GEGLU": Chain(lambda hidden: GeGlu(), (2,), 3),
-    "scale + softmax": Chain(lambda hidden: ScaledSoftmax(), (1,), 2),
-    "residual + LayerNorm": Chain(ResidualLayerNorm, (1, 1), 4),
+    "residual + RMSNorm": Fusible(ResidualRmsNorm, (1, 1), 4),
+    "SwiGLU": Fusible(lambda hidden: SwiGlu(), (2,), 3),
+    "GEGLU": Fusible(lambda hidden: GeGlu(), (2,), 3),
+    "scale + softmax": Fusible(lambda hidden: ScaledSoftmax(), (1,), 2),
+    "residual + LayerNorm": Fusible(ResidualLayerNorm, (1, 1), 4),
 }
 
 
 def captured(run: Callable[[], object]) -> Callable[[], float]:
     """Microseconds per call of `run`, from a graph of CALLS calls."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(2):
-            run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph, stream=stream):
-        for _ in range(CALLS):
-            run()
-
-    def sample(kept: object = run) -> float:  # what `run` reads must live as long as the graph
-        return device_time(graph.replay, 1) / CALLS
-
-    return sample
+    return Chain(lambda _: run(), range(CALLS)).sample
 
 
 def copy_of(moved: int) -> Callable[[], float]:
@@ -117,40 +105,40 @@ def copy_of(moved: int) -> Callable[[], float]:
     return captured(lambda: target.copy_(source))
 
 
-def variants(chain: Chain, rows: int, hidden: int) -> tuple[dict[str, Callable[[], float]], dict[str, Any]]:
+def variants(
+    chain: Fusible, rows: int, hidden: int, compiled: bool
+) -> tuple[dict[str, Callable[[], float]], dict[str, Any]]:
     """The ways to run a chain, and what was checked about them."""
     model = chain.make(hidden).to("cuda", torch.bfloat16)
     inputs = tuple(torch.randn(rows, hidden * width, device="cuda", dtype=torch.bfloat16) for width in chain.inputs)
     fused = trace(model, inputs).graph_module
     report = fuse_elementwise(fused)
-    compiled = torch.compile(model, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
     with torch.no_grad():
         expected, got = model(*inputs), fused(*inputs)
     expected, got = (value if isinstance(value, tuple) else (value,) for value in (expected, got))
     same = [torch.equal(a, b) for a, b in zip(expected, got, strict=True)]
     differing = max(float((a != b).float().mean()) for a, b in zip(expected, got, strict=True))
     checks = {"launches": len(report.fusions), "bits equal to eager": all(same), "share of differing bits": differing}
-    runs = {
-        "fused": captured(lambda: fused(*inputs)),
-        "torch.compile": captured(lambda: compiled(*inputs)),
-        "eager": captured(lambda: model(*inputs)),
-    }
+    runs = {"fused": captured(lambda: fused(*inputs)), "eager": captured(lambda: model(*inputs))}
+    if compiled:
+        theirs = torch.compile(model, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
+        runs[TORCH] = captured(lambda: theirs(*inputs))
     return runs, checks
 
 
-def large(chain: Chain, hidden: int, rounds: int) -> dict[str, Any]:
+def large(chain: Fusible, hidden: int, rounds: int, compiled: bool) -> dict[str, Any]:
     """One chain at a size where only bandwidth counts."""
     rows = LARGE_BYTES // (chain.moved * hidden * 2)
     moved = rows * hidden * 2 * chain.moved
-    runs, checks = variants(chain, rows, hidden)
+    runs, checks = variants(chain, rows, hidden, compiled)
     runs["copy"] = copy_of(moved)
     figures = interleave(runs, rounds, "us")
     return {"shape": [rows, hidden], "moved_mb": moved / 1e6, **checks, **_compared(figures)}
 
 
-def decode(chain: Chain, rows: int, hidden: int, rounds: int) -> dict[str, Any]:
+def decode(chain: Fusible, rows: int, hidden: int, rounds: int, compiled: bool) -> dict[str, Any]:
     """One chain at the size of a decode step."""
-    runs, checks = variants(chain, rows, hidden)
+    runs, checks = variants(chain, rows, hidden, compiled)
     nothing = torch.empty(1, device="cuda")
     runs["empty kernel"] = captured(lambda: nothing.zero_())
     figures = interleave(runs, rounds, "us")
@@ -161,44 +149,47 @@ def decode(chain: Chain, rows: int, hidden: int, rounds: int) -> dict[str, Any]:
 def _compared(figures: dict[str, Figure]) -> dict[str, Any]:
     fused = figures["fused"].median
     found: dict[str, Any] = dict(figures)
-    found["of torch.compile"] = figures["torch.compile"].median / fused
+    if TORCH in figures:
+        found[f"of {TORCH}"] = figures[TORCH].median / fused
     if "copy" in figures:
         found["of a copy"] = figures["copy"].median / fused
     return found
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="write the figures here")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--quick", action="store_true", help="two hidden sizes, one decode size")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise AuxstreamError("bench.fusion measures Triton kernels", came="no GPU", remedy="run it where there is one")
-    hidden_sizes = (4096, 16384) if options.quick else HIDDEN
-    results: dict[str, Any] = {}
+    quick = {"rounds": 5, "hidden": [16384], "rows": [1], "no_compile": True}
+    parser = CommandLine(__doc__, rounds=30, limit=560, quick=quick)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="of the large shapes")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64], help="of decode-sized ones, of 4096 columns")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    options = parser.options(arguments)
+    left_out: list[str] = []
+    results: dict[str, Any] = {"left out": left_out}
+    cases = [(name, kind, size) for name in CHAINS for kind in ("large", "decode")
+             for size in (options.hidden if kind == "large" else options.rows)]  # fmt: skip
     ratios: list[float] = []
-    for name, chain in CHAINS.items():
-        for hidden in hidden_sizes:
-            row = results[f"large: {name}, {hidden}"] = large(chain, hidden, options.rounds)
-            ratios.append(row["of torch.compile"])
-            print(
-                f"{name:22} {row['shape']!s:16} {row['fused'].median:8.1f} us  {row['of a copy']:5.2f} of a copy  "
-                f"{row['of torch.compile']:5.2f} of torch.compile  {row['share of differing bits']:.1e} differ",
-                flush=True,
+    for name, kind, size in options.clock.in_time(cases, left_out, lambda case: "{}: {}, {}".format(*case)):
+        chain, compiled = CHAINS[name], not options.no_compile
+        if kind == "large":
+            row = results[f"large: {name}, {size}"] = large(chain, size, options.rounds, compiled)
+            said = f"{row['of a copy']:5.2f} of a copy"
+        else:
+            row = results[f"decode: {name}, {size} x {COLUMNS}"] = decode(
+                chain, size, COLUMNS, options.rounds, compiled
             )
-        for rows in DECODE_ROWS[:1] if options.quick else DECODE_ROWS:
-            row = results[f"decode: {name}, {rows} x 4096"] = decode(chain, rows, 4096, options.rounds)
-            ratios.append(row["of torch.compile"])
-            print(
-                f"{name:22} {row['shape']!s:16} {row['fused'].median:8.2f} us  "
-                f"{row['over an empty kernel']:5.2f} us over an empty kernel  "
-                f"{row['of torch.compile']:5.2f} of torch.compile",
-                flush=True,
-            )
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    results["torch.compile's time over ours"] = {"geometric mean": mean, "worst": min(ratios)}
-    print(f"torch.compile's time over ours: geometric mean {mean:.3f}, worst {min(ratios):.3f}")
+            said = f"{row['over an empty kernel']:5.2f} us over an empty kernel"
+        if compiled:
+            ratios.append(row[f"of {TORCH}"])
+            said += f"  {ratios[-1]:5.2f} of {TORCH}"
+        print(
+            f"{name:22} {row['shape']!s:16} {row['fused'].median:8.2f} us  {said}  "
+            f"{row['share of differing bits']:.1e} differ",
+            flush=True,
+        )
+    if ratios:
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        results[f"{TORCH}'s time over ours"] = {"geometric mean": mean, "worst": min(ratios)}
+        print(f"{TORCH}'s time over ours: geometric mean {mean:.3f}, worst {min(ratios):.3f}")
     write(options.json, "fusion", results)
     return results
 

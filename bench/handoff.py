@@ -9,7 +9,6 @@ overlap, the allocator's work when a recorded block is freed, contention with ot
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from ..capture.graphs import graph
 from ..runtime import driver
-from ..runtime.errors import AuxstreamError
 from ..runtime.regions import fork, open_region
+from .command import CommandLine
 from .harness import device_time, interleave, write
 from .replay_streams import streams_used
 
@@ -224,14 +223,7 @@ def replay_streams(regions: int) -> dict[str, dict[str, int]]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="write the figures here")
-    parser.add_argument("--rounds", type=int, default=200)
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise AuxstreamError(
-            "bench.handoff measures CUDA streams", came="no GPU", remedy="run it on a machine with one"
-        )
+    options = CommandLine(__doc__, rounds=200, limit=100, quick={"rounds": 50}).options(arguments)
     x, y = torch.zeros(256, device="cuda"), torch.zeros(256, device="cuda")
     results: dict[str, Any] = {}
     host = {name: host_sample(run) for name, run in host_variants(x, y).items()}

@@ -5,9 +5,13 @@ Enters: named variants, each a callable that returns one sample. Leaves: `Sample
 
 from __future__ import annotations
 
+import datetime
+import importlib.metadata
 import json
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -49,16 +53,33 @@ def figure(values: list[float], unit: str) -> Figure:
 
 
 def machine() -> dict[str, str]:
-    """What the figures were measured on."""
+    """What the figures are measured on, and when."""
     described = {
+        "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "processor": platform.processor() or platform.machine(),
     }
+    for package in ("triton", "transformers"):
+        try:
+            described[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            described[package] = "none"
     if torch.cuda.is_available():
         described["gpu"] = torch.cuda.get_device_name()
         described["cuda"] = str(torch.version.cuda)
+        described["driver"] = _driver()
     return described
+
+
+def _driver() -> str:
+    """The driver's version, which only its own tool knows."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown, no nvidia-smi"
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    said = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    return said.stdout.partition("\n")[0].strip() or f"unknown, nvidia-smi exits with {said.returncode}"
 
 
 def device_time(run: Callable[[], object], times: int) -> float:
@@ -73,12 +94,13 @@ def device_time(run: Callable[[], object], times: int) -> float:
 
 
 def write(path: str | None, name: str, results: Mapping[str, Any]) -> None:
-    """Print the results, and write them as JSON if a path was given."""
+    """Write the results as JSON, with the command and the machine, if a path was given."""
+    if path is None:
+        return
     arguments = [Path(given).name if given == path else given for given in sys.argv[1:]]
     command = " ".join(["python -m", f"auxstream.bench.{name}", *arguments])
     document = {"benchmark": name, "command": command, "machine": machine(), "results": _plain(results)}
-    if path is not None:
-        Path(path).write_text(json.dumps(document, indent=2) + "\n")
+    Path(path).write_text(json.dumps(document, indent=2) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -1,58 +1,52 @@
-"""A callable in a CUDA graph, and the kernels that one replay of it launches, by kind.
+"""What the device did while a callable ran, as the profiler saw it: its launches by name, and by kind.
 
-Enters: a callable and the tensors it is called with. Leaves: its device time per replay, and its launches by name.
+Enters: a callable that enqueues work, such as the replay of a graph. Leaves: kernels, copies and fills by name, how
+many and how long; and how many there are of each kind.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from tempfile import TemporaryDirectory
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from .harness import device_time
+Launches = Mapping[str, tuple[float, float]]
+"""Kernels of one run, by name: how many, and their time in all, in microseconds."""
+ON_DEVICE: Final = ("kernel", "gpu_memcpy", "gpu_memset")
+"""Categories of the events that are work on the device."""
 
-Launches = dict[str, tuple[int, float]]
-"""Kernels of one replay, by name: how many, and their time in all, in microseconds."""
+
+def profiled(run: Callable[[], object]) -> list[dict[str, Any]]:
+    """The events of a Chrome trace of one run, from its call to its end on the device."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text(errors="replace"), strict=False)["traceEvents"]
 
 
-class Captured:
-    """A callable in a CUDA graph, with what it reads kept alive."""
+def launches_of(run: Callable[[], object], runs: int = 1) -> Launches:
+    """What one run does, on average over a few."""
+    run()
 
-    def __init__(self, run: Callable[..., Tensor], *inputs: Tensor) -> None:
-        self.kept = (run, inputs)
-        self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        with torch.no_grad():
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    run(*inputs)
-            stream.synchronize()
-            with torch.cuda.graph(self.graph, stream=stream):
-                self.out = run(*inputs)
+    def several() -> None:
+        for _ in range(runs):
+            run()
 
-    def sample(self) -> float:
-        """Microseconds per replay."""
-        return device_time(self.graph.replay, 10)
-
-    def launches(self) -> Launches:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            self.graph.replay()
-            torch.cuda.synchronize()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            profile.export_chrome_trace(str(path))
-            events = json.loads(path.read_text())["traceEvents"]
-        found: Launches = {}
-        for event in events:
-            if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-                count, us = found.get(event["name"], (0, 0.0))
-                found[event["name"]] = (count + 1, us + event["dur"])
-        return found
+    found: dict[str, tuple[float, float]] = {}
+    for event in profiled(several):
+        if event.get("cat") in ON_DEVICE:
+            calls, us = found.get(event["name"], (0.0, 0.0))
+            found[event["name"]] = (calls + 1 / runs, us + event["dur"] / runs)
+    return found
 
 
 _KINDS: Final = (
@@ -76,9 +70,9 @@ def kind_of(name: str) -> str:
     return next((kind for kind, words in _KINDS if any(word in low for word in words)), "other")
 
 
-def by_kind(launches: Mapping[str, tuple[int, float]]) -> dict[str, int]:
+def by_kind(launches: Launches) -> dict[str, float]:
     """How many launches there are of each kind."""
-    found = dict.fromkeys(KINDS, 0)
+    found = dict.fromkeys(KINDS, 0.0)
     for name, (count, _) in launches.items():
         found[kind_of(name)] += count
     return found

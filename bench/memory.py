@@ -1,6 +1,6 @@
 """What two streams cost in memory: a captured prefill, with lifetimes across streams secured in each of the ways.
 
-    python -m auxstream.bench.memory [--layers N] [--tokens T ...] [--quick] [--json PATH]
+    python -m auxstream.bench.memory [--layers N] [--tokens T ...] [--unfused] [--json PATH]
 
 Measures: bytes that the pool of a captured graph takes from the device, for the feed-forward blocks of
 Gemma-4-26B-A4B (all layers over one layer's random weights), on one stream and on two; by what secures lifetimes:
@@ -38,9 +38,10 @@ from ..kernels import fuse_elementwise
 from ..kernels.derive import copy_of
 from ..kernels.launch import compile_ahead
 from ..kernels.regions import lift_regions
-from ..runtime.errors import AuxstreamError, AuxstreamWarning
+from ..runtime.errors import AuxstreamWarning
 from ..runtime.settings import Verify
-from .ffn import FeedForward
+from .blocks import FeedForward
+from .command import CommandLine
 from .harness import write
 
 ONE, EVENTS, AUTO, RECORD = "one stream", "events only, UNSAFE", "auto", "record"
@@ -82,7 +83,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         marked = trace(model, (hidden,)).graph_module
         mark_multi_stream_moe_shared_experts(marked)
         print(f"  {tokens} tokens, {options.layers} layers, traced in {time.perf_counter() - start:.1f} s", flush=True)
-        for fusion in ("unfused",) if options.quick else ("unfused", "fused everywhere"):
+        for fusion in ("unfused",) if options.unfused else ("unfused", "fused everywhere"):
             module = copy_of(marked)
             if fusion != "unfused":
                 compile_ahead(fuse_elementwise(module, safe=(("*", "1"),)).fusions)
@@ -150,18 +151,15 @@ def judged(results: dict[str, dict[str, Any]]) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    quick = {"layers": 8, "tokens": [2048], "unfused": True}
+    parser = CommandLine(__doc__, rounds=None, limit=480, quick=quick, devices=("cuda", "cpu"))
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8])
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="unfused only")
-    parser.add_argument("--limit", type=float, default=240, help="seconds for each of the allocator's settings")
-    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--unfused", action="store_true", help="leave fused graphs out")
     parser.add_argument("--here", action="store_true", help="measure in this process, as its allocator is set")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise AuxstreamError("bench.memory captures CUDA graphs", came="no GPU", remedy="try --device cpu --size tiny")
+    options = parser.options(arguments)
+    left_out: list[str] = []
     results: dict[str, Any] = {}
     if options.here:
         results = measure(options)
@@ -170,12 +168,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.device == "cpu":
         results = measure(options)
     else:
-        for setting, value in REUSE.items():
+        for setting in options.clock.in_time(REUSE, left_out):
             print(setting, flush=True)
-            measured = _in_a_process(value, options)
+            measured = _in_a_process(REUSE[setting], options)
             results |= {f"{setting}, {where}": rows for where, rows in measured.items()}
             write(options.json, "memory", results)
     results[PASSED] = judged(results)
+    if left_out:
+        results["left out"] = left_out
     write(options.json, "memory", results)
     return results
 
@@ -187,8 +187,8 @@ def _in_a_process(reuse: str, options: argparse.Namespace) -> dict[str, Any]:
         setting = f"PYTORCH_CUDA_ALLOC_CONF=graph_capture_record_stream_reuse:{reuse}"
         command = ["env", setting, sys.executable, "-m", "auxstream.bench.memory", "--here", "--json", str(figures)]
         command += ["--layers", str(options.layers), "--size", options.size]
-        command += ["--tokens", *map(str, options.tokens), *(["--quick"] if options.quick else [])]
-        subprocess.run(command, check=True, timeout=options.limit)
+        command += ["--tokens", *map(str, options.tokens), *(["--unfused"] if options.unfused else [])]
+        subprocess.run(command, check=True, timeout=max(1.0, options.clock.left()))
         return json.loads(figures.read_text())["results"]
 
 

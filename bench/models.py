@@ -1,7 +1,6 @@
-"""Whole models: decode and prefill of Gemma-4-26B-A4B, and the bits of every architecture, one stream against two.
+"""Whole models: decode and prefill of Gemma-4-26B-A4B, one stream against two.
 
-    python -m auxstream.bench.models [--parts P ...] [--layers N] [--batch B ...] [--reduce-overhead] [--json PATH]
-    python -m auxstream.bench.models --architectures [--model NAME ...] [--replays N] [--part K/N] [--json PATH]
+    python -m auxstream.bench.models [--parts P ...] [--variants V ...] [--batch B ...] [--reduce-overhead]
 
 Measures, all over one set of random weights, static cache of 1,024 positions, variants interleaved, medians:
 - `first`: seconds from a cold process to the first replay, with empty caches of kernels and with warm ones;
@@ -10,16 +9,14 @@ Measures, all over one set of random weights, static cache of 1,024 positions, v
   takes; the host's time of one call; both branches of a layer alone, and how much of the shorter one the overlap
   recovers; the ten costliest kernels against the bytes they must move;
 - `prefill`: a prompt through `compile`'s pieces against torch.compile without graphs.
-With `--architectures`: see bench/equality.py. Does not measure: sampling, tokenizers, real weights.
-Needs a GPU and the extra `hf`; `--device cpu --size tiny` tries it on the simulated machine, where times mean nothing.
-What does not fit into `--limit` seconds is left out, and named.
+Does not measure: sampling, tokenizers, real weights. What does not fit into `--limit` seconds is left out, and named.
+Needs a GPU and the extra `hf`; `--device cpu --size tiny` tries it on the simulated machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -35,13 +32,14 @@ from ..capture.graphs import CudaGraph
 from ..capture.huggingface import DecodeStep, build, gemma4_config
 from ..capture.options import Options
 from ..runtime.errors import AuxstreamError
-from . import equality
+from .blocks import ROUTED_ALONE, SHARED_ALONE, Branches
 from .budget import Clock
+from .command import CommandLine
 from .costliest import HEADING, costliest
 from .first_replay import first_replays
 from .harness import Figure, interleave, write
-from .launches import Captured
 from .prefill import prefill
+from .replays import Captured
 from .torch_compile import compiled_by_torch
 
 CONTEXT: Final = 1024
@@ -72,7 +70,6 @@ OURS: Final[dict[str, Variant]] = {
 }
 """On one stream; with shared experts alone on a lane, their branches as the marker leaves them; with whatever `compile`
 finds to pay. Products, attention, routers and experts are torch's and transformers' own, then this library's."""
-DENSE, ROUTED = "shared branch alone", "routed branch alone"
 
 
 def compiled_for(named: Collection[str]) -> tuple[str, ...]:
@@ -84,35 +81,10 @@ def compiled_for(named: Collection[str]) -> tuple[str, ...]:
 def alone_of(serial: str) -> tuple[str, str]:
     """What both branches alone are called, of the kernels that this serial variant runs."""
     prefix = "" if serial == SERIAL else "own kernels, "
-    return prefix + DENSE, prefix + ROUTED
+    return prefix + SHARED_ALONE, prefix + ROUTED_ALONE
 
 
 # --- decode -----------------------------------------------------------------------------------------------------------
-
-
-class Branches(nn.Module):
-    """One branch of every layer, each with an input of its own, as if the rest of the layer took no time."""
-
-    def __init__(self, layers: Any, branch: str) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.branch = branch
-
-    def forward(self, residuals: list[Tensor]) -> list[Tensor]:
-        layers: Any = self.layers
-        one = self._shared if self.branch.endswith(DENSE) else self._routed
-        return [one(layer, residual) for layer, residual in zip(layers, residuals, strict=True)]
-
-    @staticmethod
-    def _shared(layer: Any, residual: Tensor) -> Tensor:
-        return layer.post_feedforward_layernorm_1(layer.mlp(layer.pre_feedforward_layernorm(residual)))
-
-    @staticmethod
-    def _routed(layer: Any, residual: Tensor) -> Tensor:
-        flat = residual.reshape(-1, residual.shape[-1])
-        _, weights, chosen = layer.router(flat)
-        routed = layer.experts(layer.pre_feedforward_layernorm_2(flat), chosen, weights).reshape(residual.shape)
-        return layer.post_feedforward_layernorm_2(routed)
 
 
 def decode(model: nn.Module, batch: int, clock: Clock, options: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -139,7 +111,7 @@ def decode(model: nn.Module, batch: int, clock: Clock, options: argparse.Namespa
     for serial in dict.fromkeys(OURS[name].serial for name in ours):
         _use_experts(model, serial)
         for branch in alone_of(serial):
-            runs[branch] = _alone(layers, branch, batch, device, OURS[serial].options)
+            runs[branch] = _alone(layers, branch, batch, OURS[serial].options)
     _use_experts(model, SERIAL)
     figures = interleave({name: partial(clock.ms, run) for name, run in runs.items()}, options.rounds, "ms")
     results |= {f"ms per step: {name}": figure for name, figure in figures.items()}
@@ -169,11 +141,9 @@ def _use_experts(model: nn.Module, variant: str) -> None:
     cast("Any", model).set_experts_implementation(OURS[variant].experts)
 
 
-def _alone(layers: Any, branch: str, batch: int, device: torch.device, options: Options) -> Callable[[], object]:
-    hidden = layers[0].pre_feedforward_layernorm.weight.shape[0]
-    residuals = [torch.randn(batch, 1, hidden, dtype=torch.bfloat16, device=device) for _ in layers]
-    compiled = compile(Branches(layers, branch), (residuals,), options, name=branch)
-    return compiled.graph.replay
+def _alone(layers: Any, branch: str, batch: int, options: Options) -> Callable[[], object]:
+    model = Branches(layers, branch)
+    return compile(model, (model.residuals(batch),), options, name=branch).graph.replay
 
 
 def _compare(figures: dict[str, Figure], ours: Sequence[str], results: dict[str, Any], layers: int) -> None:
@@ -214,18 +184,18 @@ def _torch_compile(
     """torch.compile beside our best, interleaved; it may fail, and then ours stands."""
     try:
         clock.need(60, TORCH)
-        run, seconds = compiled_by_torch(step, (ids, position), "reduce-overhead", clock.left() - 20, ("cold",))
+        torch.compiler.reset()  # another batch size is another step
+        run, seconds = compiled_by_torch(step, (ids, position), "reduce-overhead", clock.left() - 20)
     except Exception as error:
         results[TORCH] = f"{type(error).__name__}: {error}"[:2000]
         print(f"  {TORCH}: failed, {results[TORCH][:300]}", flush=True)
         return
-    results |= {f"compile, s: {TORCH}, {caches}": took for caches, took in seconds.items()}
+    results[f"compile, s: {TORCH}"] = seconds
     figures = interleave({TORCH: partial(clock.ms, run), name: partial(clock.ms, best)}, options.rounds, "ms")
     results[f"ms per step: {TORCH}"] = figures[TORCH]
     results[f"ms per step: {name}, beside it"] = figures[name]
     results["torch.compile over ours"] = ratio = figures[TORCH].median / figures[name].median
-    told = ", ".join(f"{caches} {took:.0f} s" for caches, took in seconds.items())
-    print(f"  {TORCH:30} {figures[TORCH]}   {ratio:5.3f} of {name}; compiled: {told}", flush=True)
+    print(f"  {TORCH:30} {figures[TORCH]}   {ratio:5.3f} of {name}; compiled in {seconds:.0f} s", flush=True)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -233,8 +203,8 @@ def _torch_compile(
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Part by part; what fails or does not fit is named, and the rest goes on."""
-    device = torch.device(options.device)
-    clock = Clock.of(device, options.limit)
+    clock: Clock = options.clock
+    device = clock.device
     results: dict[str, Any] = {}
 
     def part(name: str, seconds: float, run: Callable[[dict[str, Any]], None]) -> None:
@@ -271,37 +241,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if "--architectures" in given:
-        given.remove("--architectures")
-        return equality.main(given)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int)
+    quick = {"layers": 4, "batch": [1], "rounds": 5, "parts": ["decode"], "variants": [OWN_SERIAL, OWN]}
+    parser = CommandLine(__doc__, rounds=15, limit=560, quick=quick, devices=("cuda", "cpu"))
+    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument(
         "--variants", nargs="*", choices=OURS, default=list(OURS), metavar="VARIANT",
         help="of decode, each with its serial one; none: only the model in a CUDA graph. " + ", ".join(map(repr, OURS)),
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="of the prompt")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--reduce-overhead", action="store_true", help="torch.compile too: minutes for each batch")
-    parser.add_argument("--quick", action="store_true", help="6 layers, batch 1, few rounds, no first replay")
-    parser.add_argument("--limit", type=float, default=560, help="seconds in all")
-    parser.add_argument("--json", help="write the figures here")
-    options = parser.parse_args(given)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise AuxstreamError("bench.models measures CUDA graphs", came="no GPU", remedy="try --device cpu --size tiny")
-    if options.quick:
-        options.rounds, options.parts = 5, [part for part in options.parts if part != "first"]
-    options.layers = options.layers or (6 if options.quick else 30)
-    options.batch = options.batch or ([1] if options.quick else [1, 8, 32])
+    options = parser.options(arguments)
     results = measure(options)
     write(options.json, "models", results)
     return results
 
 
 if __name__ == "__main__":
-    sys.exit(0 if main().get("all passed", True) else 1)
+    main()

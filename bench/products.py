@@ -24,8 +24,9 @@ from ..kernels.ahead import make_ready
 from ..kernels.products_launch import Launch, launches, run
 from ..kernels.products_tiles import every, likely
 from ..kernels.products_work import Tile, Work, reference
-from ..runtime.errors import AuxstreamError
-from .harness import Figure, device_time, interleave, write
+from .command import CommandLine
+from .harness import Figure, interleave, write
+from .replays import Chain, paces
 
 _COLD: Final = 192 << 20
 """Bytes of weights that a graph goes round: several times what an L2 cache holds."""
@@ -77,26 +78,6 @@ def stack(shape: Shape, rows: int) -> list[Work]:
     return found
 
 
-class Timed:
-    """A call of every layer in one CUDA graph."""
-
-    def __init__(self, call: Callable[[Work], object], calls: Sequence[Work]) -> None:
-        self._kept = (call, calls)
-        self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(stream):
-            call(calls[0])
-            stream.synchronize()
-            with torch.cuda.graph(self._graph, stream=stream):
-                for work in calls:
-                    call(work)
-
-    def __call__(self) -> float:
-        """Microseconds per call."""
-        return device_time(self._graph.replay, 3) / len(self._kept[1])
-
-
 def cublas(work: Work) -> list[Tensor]:
     return [functional.linear(work.x, weight) for weight in work.weights]
 
@@ -139,17 +120,11 @@ def timed(variants: Mapping[str, Callable[[Work], object]], calls: Sequence[Work
     ready: dict[str, Callable[[], float]] = {}
     for name, call in variants.items():
         try:
-            ready[name] = Timed(call, calls)
+            ready[name] = Chain(call, calls, replays=3).sample
         except Exception as failure:  # a candidate may need more of a resource than there is
             print(f"    {name}: {type(failure).__name__}: {' '.join(str(failure).split())[:100]}")
             torch.cuda.synchronize()
     return interleave(ready, rounds, "us")
-
-
-def pace() -> float:
-    """TB/s of a sum over one GiB."""
-    words = torch.zeros(1 << 28, device="cuda")
-    return words.nbytes / interleave({"read": lambda: device_time(words.sum, 5)}, 7, "us")["read"].median / 1e6
 
 
 def measure(name: str, rows: int, read: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -185,21 +160,18 @@ def measure(name: str, rows: int, read: float, options: argparse.Namespace) -> d
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__, rounds=12, limit=300, quick={"rounds": 5, "rows": [1]})
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--show", type=int, default=10, help="how many of the best candidates to measure again")
     parser.add_argument("--sweep", action="store_true", help="every candidate tile")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
-    parser.add_argument("--json", help="write the figures here")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise AuxstreamError("bench.products measures CUDA graphs", came="no GPU", remedy="run it on one")
+    options = parser.options(arguments)
     torch.manual_seed(0)
-    read = pace()
+    read = paces()["read"]
     print(f"{torch.cuda.get_device_name()}: {read:.2f} TB/s read")
-    results: dict[str, Any] = {"TB/s": read}
+    left_out: list[str] = []
+    results: dict[str, Any] = {"TB/s": read, "left out": left_out}
     jobs: list[tuple[Work, Tile]] = []
     cells = [(name, rows) for name in options.shapes for rows in options.rows if there_is(SHAPES[name], rows)]
     for shape, rows in ((SHAPES[name], rows) for name, rows in cells):
@@ -209,7 +181,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         jobs += [(work, tile) for tile in (every(work) if options.sweep else likely(work))]
     compile_all(jobs)
     del jobs
-    for name, rows in cells:
+    for name, rows in options.clock.in_time(cells, left_out, lambda cell: f"{cell[0]}, {cell[1]} rows"):
         results[f"{name}, {rows} rows"] = measure(name, rows, read, options)
     write(options.json, "products", results)
     return results

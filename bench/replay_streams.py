@@ -8,18 +8,11 @@ stream per region. So the count is measured, and nothing is read off the capture
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Final
-
-import torch
-from torch.profiler import ProfilerActivity, profile
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from ..runtime.errors import AuxstreamError
-
-_ON_DEVICE: Final = ("kernel", "gpu_memcpy", "gpu_memset")
+from .launches import ON_DEVICE, profiled
 
 
 def streams_used(run: Callable[[], object]) -> frozenset[int]:
@@ -28,14 +21,7 @@ def streams_used(run: Callable[[], object]) -> frozenset[int]:
     Raises:
         AuxstreamError: the profiler saw no work on the device, so there is nothing to count.
     """
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-        run()
-        torch.cuda.synchronize()
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiled.export_chrome_trace(str(path))
-        streams = streams_in(json.loads(path.read_text(errors="replace"), strict=False))
+    streams = streams_in(profiled(run))
     if not streams:
         raise AuxstreamError(
             "the profiler saw no work on the device",
@@ -45,10 +31,10 @@ def streams_used(run: Callable[[], object]) -> frozenset[int]:
     return streams
 
 
-def streams_in(trace: Mapping[str, Any]) -> frozenset[int]:
-    """The streams of the device's work in a Chrome trace that torch.profiler exported."""
+def streams_in(events: Iterable[Mapping[str, Any]]) -> frozenset[int]:
+    """The streams of the device's work among the events of a Chrome trace that torch.profiler exported."""
     return frozenset(
         int(event["args"]["stream"])
-        for event in trace["traceEvents"]
-        if str(event.get("cat", "")).lower() in _ON_DEVICE and "stream" in event.get("args", {})
+        for event in events
+        if str(event.get("cat", "")).lower() in ON_DEVICE and "stream" in event.get("args", {})
     )

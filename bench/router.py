@@ -25,12 +25,9 @@ from torch.nn import functional
 
 from ..kernels.router import Rules, Tensors, fake, moe_router, settle
 from ..kernels.router_plan import Plan, plan
-from ..runtime.errors import AuxstreamError
+from .command import CommandLine
 from .harness import interleave, write
-from .launches import Captured
-
-FLUSH: Final = 256 << 20
-"""Bytes read before each replay: several times what an L2 cache holds, and nothing to be written back."""
+from .replays import Chain, flusher
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,28 +107,6 @@ def error(given: Tensors, rules: Rules, index: Tensor, weights: Tensor) -> float
     return float((weights.double() - exact).norm() / exact.norm())
 
 
-class Chain:
-    """Routers one behind the other in a CUDA graph."""
-
-    def __init__(self, run: Callable[[Tensors], Any], stack: Sequence[Tensors]) -> None:
-        self._flush = torch.zeros(FLUSH // 4, device="cuda")
-        self._count = len(stack)
-        self._captured = Captured(lambda: [run(given) for given in stack][-1])
-
-    def sample(self) -> float:
-        """Microseconds per router."""
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._flush.sum()
-        start.record()
-        self._captured.graph.replay()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) * 1000 / self._count
-
-    def launches(self) -> float:
-        return sum(count for count, _ in self._captured.launches().values()) / self._count
-
-
 def two_empty_kernels(device: torch.device) -> Callable[[Tensors], Tensor]:
     """Two launches that do next to nothing."""
     one = torch.empty(1, device=device)
@@ -154,7 +129,7 @@ def parts(like: Tensors, rules: Rules, cut: Plan) -> dict[str, Callable[[Tensors
     }
 
 
-def measure(router: Router, stack: Sequence[Tensors], options: argparse.Namespace) -> dict[str, Any]:
+def measure(router: Router, stack: Sequence[Tensors], flush: Tensor, options: argparse.Namespace) -> dict[str, Any]:
     """One model at one batch: every variant."""
     rules, op, like = router.rules, moe_router(), stack[0]
     routers: dict[str, Callable[[Tensors], tuple[Tensor, Tensor]]] = {
@@ -167,7 +142,7 @@ def measure(router: Router, stack: Sequence[Tensors], options: argparse.Namespac
     kernels = parts(like, rules, router.plan(len(like.hidden)))
     others = {which: kernels[which] for which in ("products", "selections")}
     others["two empty kernels"] = two_empty_kernels(like.hidden.device)
-    chains = {which: Chain(run, stack) for which, run in (routers | others).items()}
+    chains = {which: Chain(run, stack, flush=flush) for which, run in (routers | others).items()}
     figures = interleave({which: chain.sample for which, chain in chains.items()}, options.rounds, "us")
     found: dict[str, Any] = {}
     for which, figure in figures.items():
@@ -208,13 +183,13 @@ def compile_ahead(cuts: Sequence[Plan], like: Tensors, rules: Rules) -> None:
         concurrent.futures.wait([pool.submit(settle(like, rules, cut).compile, like) for cut in cuts])
 
 
-def sweep(router: Router, stack: Sequence[Tensors], options: argparse.Namespace) -> dict[str, Any]:
+def sweep(router: Router, stack: Sequence[Tensors], flush: Tensor, options: argparse.Namespace) -> dict[str, Any]:
     """Every candidate once; the best again beside one another, with other numbers of warps that select."""
     like, rules, batch = stack[0], router.rules, len(stack[0].hidden)
     cuts, times = list(candidates(batch, router.experts, router.width)), dict[Plan, float]()
     compile_ahead(cuts, like, rules)
     for cut in cuts:
-        chain = Chain(parts(like, rules, cut)["op"], stack)
+        chain = Chain(parts(like, rules, cut)["op"], stack, flush=flush)
         times[cut] = statistics.median(chain.sample() for _ in range(9))
     ranked = sorted(times, key=lambda cut: times[cut])
     for cut in ranked:
@@ -223,7 +198,7 @@ def sweep(router: Router, stack: Sequence[Tensors], options: argparse.Namespace)
     best += [replace(cut, select_warps=warps) for cut in ranked[:2] for warps in (2, 4)]
     found: dict[str, Any] = {}
     for cut in dict.fromkeys(best):
-        chains = {which: Chain(run, stack) for which, run in parts(like, rules, cut).items()}
+        chains = {which: Chain(run, stack, flush=flush) for which, run in parts(like, rules, cut).items()}
         figures = interleave({which: chain.sample for which, chain in chains.items()}, options.rounds, "us")
         found[str(cut)] = figures
         medians = "  ".join(f"{which} {figure.median:.2f}" for which, figure in figures.items())
@@ -232,27 +207,26 @@ def sweep(router: Router, stack: Sequence[Tensors], options: argparse.Namespace)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    quick = {"rounds": 5, "batch": [1], "no_compile": True}
+    parser = CommandLine(__doc__, rounds=30, limit=300, quick=quick)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["gemma4"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--routers", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--sweep", action="store_true", help="also try every way to cut the product")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--json", help="write the figures here")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise AuxstreamError("bench.router measures CUDA graphs", came="no GPU", remedy="run it on a machine with one")
+    options = parser.options(arguments)
     torch.manual_seed(0)
-    results: dict[str, Any] = {}
-    for name, batch in itertools.product(options.models, options.batch):
+    flush, left_out = flusher(), list[str]()
+    results: dict[str, Any] = {"left out": left_out}
+    cases = itertools.product(options.models, options.batch)
+    for name, batch in options.clock.in_time(cases, left_out, lambda case: f"{case[0]}, batch {case[1]}"):
         router = MODELS[name]
         hidden = torch.randn(batch, router.width, device="cuda").to(torch.bfloat16)
         stack = [router.given(hidden) for _ in range(options.routers)]
         print(f"{name}, batch {batch}, {options.routers} routers: {router.plan(batch)}")
-        results[f"{name}, batch {batch}"] = measure(router, stack, options)
+        results[f"{name}, batch {batch}"] = measure(router, stack, flush, options)
         if options.sweep:
-            results[f"{name}, batch {batch}: sweep"] = sweep(router, stack, options)
+            results[f"{name}, batch {batch}: sweep"] = sweep(router, stack, flush, options)
     write(options.json, "router", results)
     return results
 

@@ -1,31 +1,24 @@
 """torch.compile of a module, and what compiling takes: the rival.
 
-Enters: a module, its inputs, a mode. Leaves: a callable, and the seconds of its first call with empty caches and with
-warm ones.
+Enters: a module, its inputs, a mode. Leaves: a callable, and the seconds of its first call, with empty caches.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .decode import limit
-
-Caches = Literal["cold", "warm"]
+from .budget import limit
 
 
 def compiled_by_torch(
-    module: nn.Module,
-    inputs: Sequence[Tensor],
-    mode: str,
-    seconds: float,
-    caches: Sequence[Caches] = ("cold", "warm"),
-) -> tuple[Callable[[], object], dict[Caches, float]]:
-    """The module compiled for these inputs, warmed up, and what each compilation took, in seconds.
+    module: nn.Module, inputs: Sequence[Tensor], mode: str, seconds: float
+) -> tuple[Callable[[], object], float]:
+    """The module compiled for these inputs, warmed up, and the seconds that took.
 
     On a CPU without Inductor, to try the rest. Raises TimeoutError if `seconds` are not enough.
     """
@@ -40,16 +33,13 @@ def compiled_by_torch(
         with torch.no_grad():
             return compiled(*inputs)
 
-    took: dict[Caches, float] = {}
     with limit(seconds), fresh_cache():
-        for state in caches:
-            torch.compiler.reset()
-            compiled = torch.compile(module, fullgraph=True, dynamic=False, **how)
-            start = time.perf_counter()
-            run()
-            if gpu:
-                torch.cuda.synchronize()
-            took[state] = time.perf_counter() - start
+        compiled = torch.compile(module, fullgraph=True, dynamic=False, **how)
+        start = time.perf_counter()
+        run()
+        if gpu:
+            torch.cuda.synchronize()
+        took = time.perf_counter() - start
         for _ in range(3):  # with graphs, the second call records
             run()
     return run, took

@@ -8,7 +8,6 @@ Does not measure: recording the work or reading a CUDA graph back; reports of ra
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +15,9 @@ from typing import Any
 
 from ..capture.conflicts import Touch, find_conflicts
 from ..capture.extents import Extent, strided
+from .command import CommandLine
 from .harness import interleave, write
 
-SIZES = (10_000, 100_000)
 KIB = 1024
 
 
@@ -151,12 +150,13 @@ SHAPES: dict[str, Callable[[int], Work]] = {
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="write the figures here")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args(arguments)
-    results: dict[str, Any] = {}
-    for size in SIZES:
+    quick = {"rounds": 2, "nodes": [10_000]}
+    parser = CommandLine(__doc__, rounds=5, limit=120, quick=quick, devices=("cpu",))
+    parser.add_argument("--nodes", type=int, nargs="+", default=[10_000, 100_000], help="of each graph, about")
+    options = parser.options(arguments)
+    left_out: list[str] = []
+    results: dict[str, Any] = {"left out": left_out}
+    for size in options.clock.in_time(options.nodes, left_out, "{:,} nodes".format):
         works = {name: make(size) for name, make in SHAPES.items()}
         samples = {name: checking(work) for name, work in works.items()}
         print(f"checking {size:,} nodes")

@@ -150,7 +150,7 @@ def test_the_trace_is_read_as_the_profiler_writes_it(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     profiled.export_chrome_trace(str(path))
     trace = json.loads(path.read_text())
-    assert streams_in(trace) == frozenset()
+    assert streams_in(trace["traceEvents"]) == frozenset()
     trace["traceEvents"] += [
         {"ph": "X", "cat": "kernel", "name": "mul", "args": {"stream": 7, "device": 0}},
         {"ph": "X", "cat": "kernel", "name": "add", "args": {"stream": 13, "device": 0}},
@@ -158,4 +158,4 @@ def test_the_trace_is_read_as_the_profiler_writes_it(tmp_path: Path) -> None:
         {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "args": {"stream": 99}},
         {"ph": "X", "cat": "kernel", "name": "no stream"},
     ]
-    assert streams_in(trace) == {7, 13}
+    assert streams_in(trace["traceEvents"]) == {7, 13}

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from auxstream.bench.decode import limit, remaining
+from auxstream.bench.budget import limit
+from auxstream.bench.decode import remaining
 from auxstream.bench.launches import by_kind, kind_of
 from auxstream.capture.huggingface import DecodeStep, build, gemma4_config
 from auxstream.capture.mark import mark_multi_stream_moe_shared_experts
