@@ -29,8 +29,8 @@ class CompiledModel:
 
     Outputs live in the graph's own memory: the next call overwrites them, so clone what must last longer, or compile
     with `copy_outputs`. They may be inputs of that next call. A buffer or parameter that the model returns is the
-    model's own, as in eager; an input it returns is the caller's own tensor; a view of an input becomes a copy. Inputs
-    the model mutates are copied back.
+    model's own, as in eager; an input it returns is the caller's own tensor, and a view of an input is one of his; a
+    copy where his is laid out otherwise than the example. Inputs the model mutates are copied back.
 
     Calls may come from any stream and any thread. They run one at a time, and each waits, on the GPU, for what was
     given to the stream of the last one. Another stream that reads outputs, or makes inputs, calls `wait` first; another

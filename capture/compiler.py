@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..kernels.fuse import FusionReport
+from ..runtime import ranges
 from ..runtime.errors import AuxstreamWarning, RaceError, TraceError
 from ..runtime.settings import SETTINGS, Verify, parse_overlap
 from .bucketing import compile_buckets
@@ -213,7 +214,7 @@ class _Pipeline:
         pool: Any,
     ) -> tuple[CapturedGraph, Any]:
         def run() -> Any:
-            return static.apart(module(*static.args, **static.kwargs))
+            return module(*static.args, **static.kwargs)
 
         if self.options.mode == "none":
             order = order_of_runs(self.device) if pool is None else pool
@@ -255,7 +256,7 @@ def warm_up_and_capture(
     """Rehearse `run(*inputs)`, and capture it, into a pool of its own or the one given. Returns the graph and what
     `run` returned in the capture: tensors that every replay updates in place."""
     with (
-        rehearsed(run, inputs, mutated, device, warmup) as stream,
+        rehearsed(run, inputs, mutated, device, warmup, name) as stream,
         graph(name, verify=verify, device=device, pool=pool, stream=stream) as captured,
     ):
         returned = run(*inputs)
@@ -264,7 +265,12 @@ def warm_up_and_capture(
 
 @contextmanager
 def rehearsed(
-    run: Callable[..., Any], inputs: Sequence[Any], mutated: Sequence[Tensor], device: torch.device, warmup: int = 2
+    run: Callable[..., Any],
+    inputs: Sequence[Any],
+    mutated: Sequence[Tensor],
+    device: torch.device,
+    warmup: int = 2,
+    name: str = "step",
 ) -> Generator[torch.cuda.Stream | None]:
     """Run `run(*inputs)` a few times on the stream to capture it on, which the block gets. Each run finds `mutated` and
     the RNG as they were, and leaves them so: steps that count positions must not count past the end of a cache."""
@@ -279,7 +285,8 @@ def rehearsed(
             from .cuda_capture import CaptureStream
 
             own = stack.enter_context(CaptureStream(device))
-            own.warm_up(rehearse, warmup)
+            with ranges.span(f"rehearse {name}"):
+                own.warm_up(rehearse, warmup)
             stream = own.torch_stream
         yield stream
 

@@ -10,7 +10,6 @@ What the model only reads may be shared at will; a shared tensor that is written
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..runtime import ranges
 from ..runtime.errors import InputError
 from .arguments import Arguments, Dims, example_arguments
+from .outputs import Give, Outputs
 from .program import TensorRef
+from .state import storage_of
 from .trace import TracedGraph
 
 
@@ -57,17 +59,6 @@ class StaticInputs:
             leaf for leaf, name in zip(self.leaves, traced.input_names, strict=True) if name in traced.mutated_inputs
         ]
 
-    def apart(self, outputs: Any) -> Any:
-        """`outputs` with views of an input copied, or the next call's inputs would change them. An input itself stays:
-        `Calls` hands out the caller's own tensor in its place."""
-        own = {tensor.untyped_storage()._cdata for tensor in self.tensors()}
-        inputs = set(map(id, self.tensors()))
-
-        def copied(leaf: Tensor) -> Tensor:
-            return leaf.clone() if id(leaf) not in inputs and leaf.untyped_storage()._cdata in own else leaf
-
-        return pytree.tree_map_only(Tensor, copied, outputs)
-
 
 @dataclass(frozen=True, slots=True)
 class Padding:
@@ -98,8 +89,9 @@ class _Plan:
     back: tuple[tuple[int, Tensor], ...]
     """Which argument is written back, and from where."""
     leaves: list[Any]
-    outputs: Any
-    """The outputs: as leaves, and in the model's structure."""
+    """Of the outputs."""
+    lying: tuple[tuple[int, int, Give], ...]
+    """Which of them lie in which argument."""
 
 
 class Calls:
@@ -131,17 +123,13 @@ class Calls:
         self.padding = padding
         self._names = traced.input_names
         self._arguments = Arguments(static.leaves, static.spec, self._names)
-        leaves, self._out_spec = pytree.tree_flatten(outputs)
-        self.leaves: list[Any] = leaves
         self.written = tuple(p for p, name in enumerate(self._names) if name in traced.mutated_inputs)
-        positions = {id(leaf): p for p, leaf in enumerate(static.leaves) if isinstance(leaf, Tensor)}
-        self._passed_through = tuple((i, positions[id(leaf)]) for i, leaf in enumerate(leaves) if id(leaf) in positions)
         self._written_storages = frozenset(storage_of(tensor) for tensor in traced.written_tensors())
         module: nn.Module = traced.graph_module
-        models = frozenset(storage_of(tensor) for tensor in itertools.chain(module.parameters(), module.buffers()))
-        own = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and id(leaf) not in positions]
-        self.live_storages = models | frozenset(storage_of(leaves[i]) for i in own)
-        self._copied = tuple(i for i in own if copied and storage_of(leaves[i]) not in models)
+        models = [*module.parameters(), *module.buffers()]
+        self._outputs = Outputs(outputs, static.leaves, models, copied)
+        self.leaves = self._outputs.leaves
+        self.live_storages = self._outputs.storages.union(map(storage_of, models))
         self._plans: dict[int | None, _Plan] = {}
 
     def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -151,6 +139,7 @@ class Calls:
         self.load(given)
         return given
 
+    @ranges.around("copy in")
     def load(self, given: Sequence[Any], rows: int | None = None) -> None:
         """Copy in leaves that fit, of so many rows, and pad them. Raises InputError, having copied nothing."""
         if self.written or self._written_storages:
@@ -163,19 +152,13 @@ class Calls:
         for place, value in plan.filled:
             place.fill_(value)
 
+    @ranges.around("hand out")
     def leave(self, given: Sequence[Any], rows: int | None = None) -> Any:
         """After the replay: write back what the model writes, and return its outputs."""
         plan = self._plan(rows)
         for position, place in plan.back:
             given[position].copy_(place)
-        if not self._passed_through and not self._copied:
-            return plan.outputs
-        leaves = list(plan.leaves)
-        for index, position in self._passed_through:
-            leaves[index] = given[position]
-        for index in self._copied:
-            leaves[index] = leaves[index].clone()
-        return pytree.tree_unflatten(leaves, self._out_spec)
+        return self._outputs.hand_out(plan.leaves, plan.lying, given)
 
     def _plan(self, rows: int | None) -> _Plan:
         plan = self._plans.get(rows)
@@ -187,7 +170,7 @@ class Calls:
     def _settle(self, rows: int | None) -> _Plan:
         leaves, padding = self.static.leaves, self.padding
         places = {position: leaf for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        outputs = self.leaves
+        outputs, dims = self.leaves, None
         repeated: list[tuple[int, int, Tensor, Tensor]] = []
         filled: list[tuple[Tensor, bool | int | float]] = []
         copied = dict(places)
@@ -203,15 +186,15 @@ class Calls:
                 else:
                     copied[position] = places[position]
                     filled.append((leaf.narrow(dim, rows, padding.size - rows), value))
-            pairs = zip(outputs, padding.outputs, strict=True)
-            outputs = [leaf if dim is None else leaf.narrow(dim, 0, rows) for leaf, dim in pairs]
+            dims = padding.outputs
+            outputs = self._outputs.of_rows(dims, rows)
         return _Plan(
             copied=_by_dtype(copied),
             repeated=tuple(repeated),
             filled=tuple(filled),
             back=tuple((position, places[position]) for position in self.written),
             leaves=outputs,
-            outputs=pytree.tree_unflatten(outputs, self._out_spec),
+            lying=self._outputs.lying(outputs, [places.get(p) for p in range(len(leaves))], dims),
         )
 
     def _refuse_shared(self, given: Sequence[Any]) -> None:
@@ -248,10 +231,6 @@ def _by_dtype(places: Mapping[int, Tensor]) -> tuple[tuple[tuple[int, ...], list
 def repeating(rows: int, size: int, device: torch.device) -> Tensor:
     """The indices of `size` rows: `rows` of them, then the last one again."""
     return torch.arange(size, device=device).clamp_(max=rows - 1)
-
-
-def storage_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

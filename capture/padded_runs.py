@@ -19,8 +19,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .compiled import CompiledModel
-from .inputs import Padding, storage_of
-from .state import Checkpoint, bits
+from .inputs import Padding
+from .state import Checkpoint, bits, storage_of
 from .trace import TracedGraph
 
 Kind = Literal["padded", "other", "example"]

@@ -24,17 +24,18 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from ..runtime import ranges
 from ..runtime.errors import AuxstreamWarning, RaceError
 from ..runtime.settings import SETTINGS, Verify
 from .graphs import OBSERVERS, CapturedGraph, CudaGraph, _checked, graph
-from .inputs import StaticInputs, storage_of
+from .inputs import StaticInputs
 from .pieces import Launch, PiecewiseGraph
 from .pieces_eager import EagerCall, Layouts, declared_program
 from .pieces_machines import Cuda, Machine, Simulated
 from .program import Op, Program
 from .signatures import tensors_in
 from .splitting import Part, Split, module_of, split_graph
-from .state import preserved
+from .state import preserved, storage_of
 from .steps import Piece
 from .trace import where
 
@@ -73,8 +74,9 @@ def capture_pieces(
     with torch.inference_mode(False), torch.no_grad(), machine:
         values = _Values(module, static, split)
         layouts = Layouts()
-        machine.rehearse(lambda: _rehearse(values, split, machine, layouts, mutated, device), max(1, warmup))
-        capture = _Capture(static, split, layouts, machine, values, device, name, mode)
+        with ranges.span(f"rehearse {name}"):
+            machine.rehearse(lambda: _rehearse(values, split, machine, layouts, mutated, device), max(1, warmup))
+        capture = _Capture(split, layouts, machine, values, device, name, mode)
         with machine.keeping(mutated, device):
             outputs = capture.run()
         captured = machine.whole(name, capture.pieces, capture.launches, tuple(capture.regions))
@@ -177,7 +179,6 @@ class _Capture:
 
     def __init__(
         self,
-        static: StaticInputs,
         split: Split,
         layouts: Layouts,
         machine: Machine,
@@ -190,7 +191,6 @@ class _Capture:
         self.launches: list[Launch] = []
         self.regions: dict[str, None] = {}
         self.kept: dict[int, Tensor] = {}
-        self._static = static
         self._split = split
         self._layouts = layouts
         self._machine = machine
@@ -285,7 +285,7 @@ class _Capture:
                 ]
                 if number == len(self._split.parts) - 1:
                     self._values.at.update(zip(part.gives, made, strict=True))
-                    outputs = self._static.apart(self._values.outputs())
+                    outputs = self._values.outputs()
         for node, value in zip(part.gives, made, strict=True):
             self._own(part.lane, node, value)
         for node, place in places:

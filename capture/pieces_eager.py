@@ -19,10 +19,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Node
 
-from .inputs import storage_of
 from .program import Buffer, Op, Program, TensorRef
 from .signatures import arguments, tensors_in
 from .splitting import Part
+from .state import storage_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,12 +21,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..runtime.machine import thread_state
 from .allocator import AllocatorModel
 from .graphs import CapturedGraph, CudaGraph, GraphMemory, SimulatedGraph
-from .inputs import storage_of
 from .pieces import CudaPieces, Launch, PiecewiseGraph, SimulatedPieces
 from .pieces_eager import EagerCall, address_of
 from .program import Program
 from .simulate import Simulation
-from .state import preserved
+from .state import preserved, storage_of
 from .steps import Piece
 from .streams import RecordingMachine
 

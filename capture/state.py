@@ -65,6 +65,11 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.element_size()])
 
 
+def storage_of(tensor: Tensor) -> int:
+    """What tells one storage from another, while both are alive."""
+    return tensor.untyped_storage()._cdata
+
+
 def _start(before: Tensor, flipped: bool) -> Tensor:
     plain = bits(before)
     narrow = before.element_size() == 1 and before.dtype is not torch.bool

@@ -14,11 +14,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from ..runtime import ranges
 from ..runtime.errors import CaptureError
 from .graphs import CapturedGraph
 from .program import Program
 from .proof import Report
-from .state import preserved
+from .state import preserved, storage_of
 
 if TYPE_CHECKING:
     from .replay_order import ReplayOrder
@@ -77,20 +78,29 @@ class UncapturedGraph(CapturedGraph):
             remedy="compile with mode='full'",
         )
 
+    @ranges.around(lambda graph: f"replay {graph.name}")
     def replay(self) -> None:
         with self.order:
             for place, result in zip(self._outputs, pytree.tree_leaves(self._run()), strict=True):
-                if isinstance(place, Tensor) and place is not result:
-                    place.copy_(result)
+                if isinstance(place, Tensor) and storage_of(place) != storage_of(result):
+                    _fill(place, result)
 
     def wait(self) -> None:
         self.order.wait()
+
+
+def _fill(place: Tensor, result: Tensor) -> None:
+    """Copy a result to where the first one lies; what was expanded is there once."""
+    for dim, stride in enumerate(place.stride()):
+        if not stride and place.shape[dim] > 1:
+            place, result = place.narrow(dim, 0, 1), result.narrow(dim, 0, 1)
+    place.copy_(result)
 
 
 def run_once(
     run: Callable[[], Any], mutated: Sequence[Tensor], device: torch.device, *, name: str, order: Turns | ReplayOrder
 ) -> tuple[UncapturedGraph, Any]:
     """Run, put `mutated` and the RNG back, and keep the results: later ones go to the same place."""
-    with torch.inference_mode(False), torch.no_grad(), preserved(mutated, device):
+    with ranges.span(f"rehearse {name}"), torch.inference_mode(False), torch.no_grad(), preserved(mutated, device):
         outputs = run()
     return UncapturedGraph(name, run, outputs, order), outputs

@@ -154,7 +154,7 @@ def test_outputs_that_are_inputs_or_views_of_them_or_results_of_eager_ops() -> N
     assert all(step.is_right() for _ in range(3))
     (x,) = step.static.leaves
     assert step.outputs["in"] is x
-    assert step.outputs["view"].untyped_storage()._cdata != x.untyped_storage()._cdata
+    assert step.outputs["view"].data_ptr() == x[1:].data_ptr()  # calls make it one of the caller's own
 
 
 def test_random_numbers_are_drawn_as_eagerly() -> None:
