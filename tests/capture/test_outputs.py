@@ -152,7 +152,9 @@ def test_copies_of_outputs_that_share_memory_share_it_too() -> None:
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_expanded_outputs_where_nothing_is_captured(copied: bool) -> None:
-    model, fast = compiled(lambda m, x: m.linear(x).mean(0, keepdim=True).expand(4, 8), mode="none", copy_outputs=copied)
+    model, fast = compiled(
+        lambda m, x: m.linear(x).mean(0, keepdim=True).expand(4, 8), mode="none", copy_outputs=copied
+    )
     for _ in range(2):
         x = draw()
         torch.testing.assert_close(fast(x), model(x))
