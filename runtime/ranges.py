@@ -29,7 +29,7 @@ def heard() -> Any:
     import nvtx
 
     domain: Any = nvtx.get_domain("auxstream")
-    # Where no tool is attached, or NVTX_DISABLE is set, nvtx hands out a domain that makes no attributes.
+    # Where no tool is attached, nvtx hands out a domain that makes no attributes.
     make = getattr(domain, "get_event_attributes", None)
     return None if make is None or make(message="auxstream") is None else domain
 
