@@ -1,6 +1,7 @@
 """auxstream: branches of a model on auxiliary CUDA streams, safe in eager and inside CUDA graphs.
 
-The names below load on first use, so `import auxstream` pulls in neither triton nor MLIR nor transformers.
+The names below load on first use, so `import auxstream` pulls in neither triton nor MLIR nor transformers. Errors to
+catch by name are in `auxstream.errors`; all of them are `AuxstreamError`s.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ __all__ = [
     "aux_region",
     "capture",
     "compile",
+    "errors",
     "fork",
     "graph",
     "parallel",
-    "runtime",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("runtime", "capture", "kernels"):
+    if name in ("runtime", "capture", "kernels", "errors"):
         return importlib.import_module(f"auxstream.{name}")
     home = _HOMES.get(name)
     if home is None:

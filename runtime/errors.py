@@ -7,6 +7,9 @@ and nothing else.
 
 from __future__ import annotations
 
+import copyreg
+from typing import Any
+
 
 class AuxstreamError(Exception):
     """Root of the library's errors; `str` of one shows all four fields, a line each.
@@ -24,6 +27,9 @@ class AuxstreamError(Exception):
         self.expected = expected
         self.came = came
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # pyright: ignore
 
     def __str__(self) -> str:
         parts = [self.what]
