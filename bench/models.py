@@ -133,7 +133,7 @@ def decode(model: nn.Module, batch: int, clock: Clock, options: argparse.Namespa
 
 def _hugging_face(step: DecodeStep, ids: Tensor, position: Tensor) -> Callable[[], object]:
     if ids.is_cuda:
-        return Captured(step, ids, position).graph.replay
+        return Captured(step, ids, position).replay
     return torch.no_grad()(partial(step, ids, position))
 
 

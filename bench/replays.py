@@ -41,6 +41,9 @@ class Captured:
             with torch.cuda.graph(self.graph, stream=stream):
                 self.out = run(*inputs)
 
+    def replay(self) -> None:
+        self.graph.replay()
+
     def sample(self) -> float:
         """Microseconds per replay."""
         return device_time(self.graph.replay, 10)
