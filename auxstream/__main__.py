@@ -34,6 +34,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     _add_verify_arguments(verify)
     verify.set_defaults(run=_verify)
+    trace = commands.add_parser(
+        "trace",
+        usage="auxstream trace [--to FOLDER] [--replays N] (demo | SCRIPT) [ARGS...]",
+        help="profile graph replays: what overlapped, as a picture, a Perfetto trace and a table",
+        description="Runs the demo, or a script as python would, and traces the CUDA graphs that it replays: which "
+        "kernel ran when, on which lane, in which region, and what was hidden. Exit code: 0 traced, 1 nothing to "
+        "trace, 2 the script failed. Needs a GPU.",
+    )
+    _add_trace_arguments(trace)
+    trace.set_defaults(run=_trace)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -60,6 +70,20 @@ def _verify(options: argparse.Namespace) -> int:
     from .verify_script import verify_script
 
     return verify_script(options.script, options.arguments, to=options.json, pictures=options.picture)
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from .trace_command import trace_command
+
+    return trace_command(options.what, options.arguments, to=options.to, replays=options.replays)
+
+
+def _add_trace_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `trace`. What follows the script is the script's own."""
+    parser.add_argument("--to", type=_folder, metavar="FOLDER", default=Path("auxstream-trace"), help="write here")
+    parser.add_argument("--replays", type=_count, default=20, metavar="N", help="profiled, of each graph (default 20)")
+    parser.add_argument("what", metavar="demo|SCRIPT", help="demo --help: its own arguments")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="the script's own arguments")
 
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:

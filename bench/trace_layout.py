@@ -15,8 +15,9 @@ from typing import Final
 
 from ..capture.report import short
 from .trace_intervals import Interval
+from .trace_match import Replay, Traced
 from .trace_plan import Plan, Work
-from .trace_regions import Replay, Traced, overlaps
+from .trace_regions import overlaps
 
 WIDTH: Final = 1320.0
 """Of a band, without the margins."""

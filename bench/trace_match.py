@@ -16,11 +16,12 @@ weigh, and decide nothing by themselves. Branches that are the same kernel by ke
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from ..runtime.errors import AuxstreamError
+from .trace_intervals import Interval
 from .trace_plan import Plan
 
 BY_NODE: Final = "the profiler's node numbers"
@@ -42,28 +43,80 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
-    """`kernels[n]`: the kernel of work n. `how` they were told apart."""
+class Replay:
+    """One replay: `kernels[n]` is work n of its plan. `how` they were told apart."""
 
     kernels: tuple[Kernel, ...]
-    how: str
+    how: str = BY_ORDER
+
+    @property
+    def start(self) -> float:
+        return min(kernel.start for kernel in self.kernels)
+
+    @property
+    def span(self) -> float:
+        """From the first start to the last end."""
+        return max(kernel.end for kernel in self.kernels) - self.start
+
+    def times(self, works: Iterable[int]) -> list[Interval]:
+        """When those works ran."""
+        return [(self.kernels[work].start, self.kernels[work].end) for work in works]
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A graph and its replays, in the order they were made. `lost`: why others could not be matched, one each."""
+
+    plan: Plan
+    replays: tuple[Replay, ...]
+    lost: tuple[MatchError, ...] = ()
+
+    @property
+    def typical(self) -> Replay:
+        """The replay of the median length."""
+        return sorted(self.replays, key=lambda replay: replay.span)[(len(self.replays) - 1) // 2]
 
 
 class MatchError(AuxstreamError):
     """Kernels of a replay that are not those of the graph."""
 
 
-def match(plan: Plan, kernels: Sequence[Kernel]) -> Match:
+def trace_of(plan: Plan, launches: Iterable[Sequence[Kernel]]) -> Traced:
+    """A graph's replays, matched one by one.
+
+    Raises:
+        MatchError: not one of them is the graph's.
+    """
+    replays: list[Replay] = []
+    lost: list[MatchError] = []
+    for kernels in launches:
+        try:
+            replays.append(match(plan, kernels))
+        except MatchError as error:
+            lost.append(error)
+    if not replays:
+        raise lost[0] if lost else MatchError("no replay of the graph was seen", remedy="replay it while it is traced")
+    return Traced(plan, tuple(replays), tuple(lost))
+
+
+def match(plan: Plan, kernels: Sequence[Kernel]) -> Replay:
     """The kernel of each work.
 
     Raises:
         MatchError: kernels are missing or unknown, or began in an order that the graph forbids.
     """
+    if not plan.works:
+        raise MatchError(
+            "the graph's kernels are not known",
+            expected="a CUDA graph that was read back",
+            came="one of which only the recording is known, or nothing",
+            remedy="unset AUXSTREAM_VERIFY=off, and capture with a driver whose graphs can be read",
+        )
     _same_names(plan, kernels)
     by_node = _by_node(plan, kernels)
     if by_node is not None:
-        return Match(by_node, BY_NODE)
-    return Match(_by_order(plan, sorted(kernels, key=lambda kernel: (kernel.start, kernel.end))), BY_ORDER)
+        return Replay(by_node, BY_NODE)
+    return Replay(_by_order(plan, sorted(kernels, key=lambda kernel: (kernel.start, kernel.end))))
 
 
 def _same_names(plan: Plan, kernels: Sequence[Kernel]) -> None:

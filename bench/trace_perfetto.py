@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from .trace_layout import label_of
-from .trace_regions import Replay, Traced, by_lane
+from .trace_match import Replay, Traced
+from .trace_regions import by_lane
 
 _COUNTER: Final = "lanes busy"
 

@@ -14,7 +14,8 @@ from typing import Final
 from ..capture.picture import COLOURS, PLAIN, pattern_of, text_of
 from ..capture.picture_layout import shortened
 from .trace_layout import SERIAL_ROW, WIDTH, Box, Layout, Link, Piece, Stretch, lay_out, spread
-from .trace_regions import Figures, RegionFigures, Traced
+from .trace_match import Traced
+from .trace_regions import Figures, RegionFigures
 
 _LEFT: Final = 112.0
 _RIGHT: Final = 28.0

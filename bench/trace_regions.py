@@ -18,44 +18,11 @@ from typing import Final, Literal
 
 from .harness import Figure, figure
 from .trace_intervals import Interval, covered, length, shared, union
-from .trace_match import Kernel
+from .trace_match import Replay, Traced
 from .trace_plan import CALLER, Plan
 
 UNIT: Final = "us"
 Paid = Literal["yes", "no", "even", "unknown"]
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """One replay: `kernels[n]` is work n of its plan."""
-
-    kernels: tuple[Kernel, ...]
-
-    @property
-    def start(self) -> float:
-        return min(kernel.start for kernel in self.kernels)
-
-    @property
-    def span(self) -> float:
-        """From the first start to the last end."""
-        return max(kernel.end for kernel in self.kernels) - self.start
-
-    def times(self, works: Sequence[int] | set[int]) -> list[Interval]:
-        """When those works ran."""
-        return [(self.kernels[work].start, self.kernels[work].end) for work in works]
-
-
-@dataclass(frozen=True, slots=True)
-class Traced:
-    """A graph, and its replays."""
-
-    plan: Plan
-    replays: tuple[Replay, ...]
-
-    @property
-    def typical(self) -> Replay:
-        """The replay of the median length."""
-        return sorted(self.replays, key=lambda replay: replay.span)[(len(self.replays) - 1) // 2]
 
 
 @dataclass(frozen=True, slots=True)
