@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..kernels.fuse import FusionReport
+from ..kernels.safety import refuse_unknown_regions
 from ..runtime import ranges
 from ..runtime.errors import AuxstreamWarning, RaceError, TraceError
-from ..runtime.settings import SETTINGS, Verify, parse_overlap
+from ..runtime.settings import SETTINGS, Verify, parse_overlap, parse_safety
 from .bucketing import compile_buckets
 from .compiled import CompiledModel
 from .graphs import CapturedGraph, graph
@@ -167,8 +168,11 @@ class _Pipeline:
             return Choice(Plan(), "rules")
         rules = (*parse_overlap(options.overlap), *SETTINGS.overlap)
         proposals = propose(laying.graph)
-        for glob in unmatched(proposals, rules):
-            _log.info("the overlap rule %r matches no branch of %s", glob, self.name)
+        safety = (*parse_safety(options.fusion_safe), *SETTINGS.fusion_safe)
+        for option, globs in (("overlap", rules), ("fusion_safe", safety)):
+            for glob in unmatched(proposals, globs):
+                _log.info("the %s rule %r matches no branch of %s", option, glob, self.name)
+        refuse_unknown_regions((region.name for part in proposals for region in part.regions), SETTINGS)
         demanded, left = ruled(proposals, rules)
         if not left or self.device.type != "cuda" or options.mode == "none" or SETTINGS.disable:
             return unmeasured(demanded, left)

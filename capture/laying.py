@@ -76,7 +76,8 @@ class Laying:
         """Whether to fuse regions on `auto` as if they were safe: first so, then not, if any region is."""
         if not self._options.mlir_elementwise_fusion:
             return (False,)
-        safety = fusion_safety([region.name for region in plan.regions], parse_safety(self._options.fusion_safe))
+        rules = parse_safety(self._options.fusion_safe)
+        safety = fusion_safety([region.name for region in plan.regions], rules, partial=True)
         return (True, False) if "auto" in safety.values() else (False,)
 
     def lay(self, plan: Plan, trial: bool) -> Laid:
@@ -97,7 +98,8 @@ class Laying:
             if self._wanted(self._options.product_kernels):
                 choose_gated(module)
             if self._options.mlir_elementwise_fusion:
-                report = fuse_elementwise(module, safe=parse_safety(self._options.fusion_safe), trial=trial)
+                rules = parse_safety(self._options.fusion_safe)
+                report = fuse_elementwise(module, safe=rules, trial=trial, partial=True)
                 compile_ahead(report.fusions)
                 self._share_constants(module)
             self._fused[regions, trial] = module, report

@@ -101,19 +101,22 @@ class Choice:
 
 def ruled(proposals: Iterable[Proposal], rules: OverlapRules) -> tuple[tuple[Proposal, ...], tuple[Proposal, ...]]:
     """What rules demand, and what they leave to measurement. `on` demands a branch as it is expected to pay: whole, if
-    it is proposed so."""
+    it is proposed so; a branch that begins and ends with products is whole for `products` too."""
     demanded: list[Proposal] = []
     left: list[Proposal] = []
     given = tuple(proposals)
-    whole = {region.name for proposal in given if proposal.span == "whole" for region in proposal.regions}
+    spans: dict[str, set[Span]] = {}
+    for proposal in given:
+        for region in proposal.regions:
+            spans.setdefault(region.name, set()).add(proposal.span)
     for proposal in given:
         parts: dict[str, list[Region]] = {"on": [], "auto": []}
         for region in proposal.regions:
             rule = _rule(region.name, rules)
-            wanted: Span = "products" if rule == "products" or region.name not in whole else "whole"
+            wanted: Span = "products" if rule == "products" else "whole"
             if rule == "auto":
                 parts["auto"].append(region)
-            elif rule != "off" and proposal.span == wanted:
+            elif rule != "off" and (proposal.span == wanted or wanted not in spans[region.name]):
                 parts["on"].append(region)
         for kept, regions in ((demanded, parts["on"]), (left, parts["auto"])):
             if regions:
@@ -121,7 +124,7 @@ def ruled(proposals: Iterable[Proposal], rules: OverlapRules) -> tuple[tuple[Pro
     return tuple(demanded), tuple(left)
 
 
-def unmatched(proposals: Iterable[Proposal], rules: OverlapRules) -> list[str]:
+def unmatched(proposals: Iterable[Proposal], rules: Iterable[tuple[str, str]]) -> list[str]:
     """Globs that no proposed region has."""
     names = {region.name for proposal in proposals for region in proposal.regions}
     return [glob for glob, _ in rules if not any(fnmatchcase(name, glob) for name in names)]
@@ -191,15 +194,14 @@ def _shapes(value: Any) -> str:
 
 def remembered(key: str, demanded: Sequence[Proposal], left: Sequence[Proposal]) -> Choice | None:
     """The choice kept under `key`, if it still can be made."""
-    kept = read_choice(key)
-    if not isinstance(kept, dict) or cast("dict[str, Any]", kept).get("format") != _FORMAT:
-        return None
-    offered = {(proposal.kind, proposal.span): proposal for proposal in left}
-    wanted = [(str(kind), cast(Span, span)) for kind, span in kept["parts"]]
-    if not all(part in offered for part in wanted):
-        return None
-    parts = tuple(offered[part] for part in wanted)
-    return Choice(Plan((*demanded, *parts), kept["order"]), "cached")
+    match read_choice(key):
+        case {"format": found, "parts": [*parts], "order": "caller_first" | "aux_first" as order} if found == _FORMAT:
+            chosen = [next((p for p in left if [p.kind, p.span] == part), None) for part in parts]
+            offered = [part for part in chosen if part is not None]
+            plan = Plan((*demanded, *offered), cast(LaunchOrder, order))
+            return Choice(plan, "cached") if len(offered) == len(parts) else None
+        case _:  # nothing, or a damaged file
+            return None
 
 
 def remember(key: str, demanded: Sequence[Proposal], choice: Choice) -> None:

@@ -75,7 +75,9 @@ class FusionReport:
 _SAYS = {"0": "kept off (the marker)", "1": "declared safe", "auto": "to be proved"}
 
 
-def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = (), trial: bool = True) -> FusionReport:
+def fuse_elementwise(
+    gm: GraphModule, *, safe: SafetyRules = (), trial: bool = True, partial: bool = False
+) -> FusionReport:
     """Fuse `gm` in place. With AUXSTREAM_FUSION=off nothing happens.
 
     Args:
@@ -83,6 +85,7 @@ def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = (), trial: bool = T
         safe: globs of regions whose aux branch may run fused kernels, each with 0, 1 or auto; AUXSTREAM_FUSION_SAFE and
             AUXSTREAM_FUSION_SAFE_<REGION> come on top.
         trial: whether regions on `auto` are fused; whoever says so proves the captured graph afterwards.
+        partial: whether the graph has only some of its model's regions, so that variables may name others.
 
     Returns:
         what became which kernel; its `str` is a line per kernel, `mlir` the whole module.
@@ -98,7 +101,7 @@ def fuse_elementwise(gm: GraphModule, *, safe: SafetyRules = (), trial: bool = T
     _refuse_untraced(gm)
     with _no_collections(), lift_regions(gm):
         _refuse_unmarked(gm)
-        safety = fusion_safety(regions_of(gm), safe)
+        safety = fusion_safety(regions_of(gm), safe, partial=partial)
         allowed = _marker(safety, trial)
         flow = _rewritten(gm, allowed)
         fusions = emit_all(find_groups(flow, allowed))

@@ -20,13 +20,43 @@ def variable_of(region: str) -> str:
 
 
 def fusion_safety(
-    regions: Iterable[str], rules: SafetyRules = (), settings: Settings = SETTINGS
+    regions: Iterable[str], rules: SafetyRules = (), settings: Settings = SETTINGS, *, partial: bool = False
 ) -> Mapping[str, Safety]:
     """What holds for each region: `rules`, then AUXSTREAM_FUSION_SAFE (later entries win), then the region's variable.
 
-    Raises SettingsError when a variable names no region, or two regions map to one name.
+    Raises SettingsError when a variable names no region, unless these are only some of a model's (`partial`), or two
+    regions map to one name.
     """
     names = list(dict.fromkeys(regions))
+    owners = _owners(names, settings)
+    if not partial:
+        refuse_unknown_regions(names, settings)
+    found: dict[str, Safety] = dict.fromkeys(names, "0")
+    for glob, value in (*rules, *settings.fusion_safe):
+        for region in names:
+            if fnmatchcase(region, glob):
+                found[region] = value
+    for name, value in settings.fusion_safe_regions:
+        if name in owners:
+            found[owners[name]] = value
+    return found
+
+
+def refuse_unknown_regions(regions: Iterable[str], settings: Settings = SETTINGS) -> None:
+    """Raise SettingsError for a variable that names none of these regions."""
+    owners = set(map(variable_of, regions))
+    for name, _ in settings.fusion_safe_regions:
+        if name not in owners:
+            raise SettingsError(
+                f"AUXSTREAM_FUSION_SAFE_{name} names no region of this graph",
+                expected="one of " + (", ".join(sorted(owners)) or "none: the graph has no regions"),
+                came=name,
+                remedy="correct the name or unset the variable",
+            )
+
+
+def _owners(names: Iterable[str], settings: Settings) -> dict[str, str]:
+    """Regions by the last part of their variable."""
     owners: dict[str, str] = {}
     for region in names:
         other = owners.setdefault(variable_of(region), region)
@@ -37,19 +67,4 @@ def fusion_safety(
                 came=f"{other!r} and {region!r}",
                 remedy="use the list, AUXSTREAM_FUSION_SAFE, which takes the regions' own names",
             )
-    for name, _ in settings.fusion_safe_regions:
-        if name not in owners:
-            raise SettingsError(
-                f"AUXSTREAM_FUSION_SAFE_{name} names no region of this graph",
-                expected="one of " + (", ".join(sorted(owners)) or "none: the graph has no regions"),
-                came=name,
-                remedy="correct the name or unset the variable",
-            )
-    found: dict[str, Safety] = dict.fromkeys(names, "0")
-    for glob, value in (*rules, *settings.fusion_safe):
-        for region in names:
-            if fnmatchcase(region, glob):
-                found[region] = value
-    for name, value in settings.fusion_safe_regions:
-        found[owners[name]] = value
-    return found
+    return owners

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from auxstream.capture.policy import Choice, Plan, Result, key_of, measured, rem
 from auxstream.capture.proposals import Proposal, Region, mark, propose
 from auxstream.capture.race import judged
 from auxstream.capture.trace import trace
-from auxstream.kernels import store
+from auxstream.kernels import fuse, store
 from auxstream.kernels.derive import copy_of
+from auxstream.kernels.safety import fusion_safety
+from auxstream.runtime.errors import SettingsError
 from auxstream.runtime.settings import Settings, parse_overlap
 
 WIDTH = 16
@@ -187,6 +190,51 @@ def test_rules(rules: str, demanded: list[tuple[str, str]], left: list[str]) -> 
 
 def test_a_rule_that_matches_nothing_is_found() -> None:
     assert policy.unmatched((SHARED, K), parse_overlap("layers.*.q=on,layers.1.k=off")) == ["layers.*.q"]
+
+
+def test_a_rule_that_matches_nothing_is_said(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    options = Options(overlap="layers.9.*=off,*=auto", fusion_safe="layers.1.*,shared=auto")
+    with caplog.at_level("INFO", "auxstream"):
+        auxstream.compile(model, (torch.randn(4, WIDTH),), options)
+    said = [record.message for record in caplog.records if "matches no branch" in record.message]
+    assert said == [
+        "the overlap rule 'layers.9.*' matches no branch of model",
+        "the fusion_safe rule 'shared' matches no branch of model",
+    ]
+
+
+def test_products_of_a_branch_that_is_nothing_else_are_the_whole_branch() -> None:
+    """What begins and ends with a product is proposed once."""
+    assert ruled((SHARED,), parse_overlap("*=products")) == ((SHARED,), ())
+    assert ruled((SHARED, SHARED_CORE), parse_overlap("*=products")) == ((SHARED_CORE,), ())
+    one = Proposal(SHARED.kind, "products", SHARED_CORE.regions[:1], 9, True)
+    demanded, _ = ruled((SHARED, one), parse_overlap("*=products"))
+    assert [(part.span, [region.name for region in part.regions]) for part in demanded] == [
+        ("whole", ["layers.1.shared"]),
+        ("products", ["layers.0.shared"]),
+    ]
+
+
+@pytest.mark.parametrize("overlap", ["", "*=off", "layers.0.*=off"])
+def test_a_variable_may_name_a_region_that_a_plan_leaves_out(
+    model: Model, monkeypatch: pytest.MonkeyPatch, overlap: str
+) -> None:
+    """Races begin with a plan without regions."""
+
+    def variable(name: str) -> None:
+        settings = Settings(fusion_safe_regions=((name, "1"),))
+        monkeypatch.setattr(compiler, "SETTINGS", settings)
+        for module in (laying, fuse):
+            monkeypatch.setattr(module, "fusion_safety", functools.partial(fusion_safety, settings=settings))
+
+    variable("LAYERS_0_SHARED")
+    fast = auxstream.compile(model, (torch.randn(4, WIDTH),), Options(overlap=overlap))
+    assert fast.fusion is not None
+    kept = {"": {"layers.0.shared": "1", "layers.1.shared": "0"}, "*=off": {}}.get(overlap, {"layers.1.shared": "0"})
+    assert fast.fusion.safety == kept
+    variable("LAYERS_9_SHARED")
+    with pytest.raises(SettingsError, match="LAYERS_9_SHARED names no region"):
+        auxstream.compile(model, (torch.randn(4, WIDTH),), Options(overlap=overlap))
 
 
 def test_where_nothing_is_measured_shared_experts_overlap() -> None:
@@ -359,8 +407,15 @@ def test_a_choice_made_under_other_rules_is_not_taken(
 
 def test_a_damaged_file_is_no_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(store, "folder", lambda: tmp_path)
-    store.write_choice("key", ["no", "choice"])
-    assert remembered("key", (), (SHARED,)) is None
+    good = {"format": 1, "parts": [["layers.*.shared", "whole"]], "order": "caller_first"}
+    damaged: list[Any] = [["no", "choice"], None, {}, {**good, "format": 0}, {**good, "order": "any"}]
+    damaged += [{name: value for name, value in good.items() if name != missing} for missing in good]
+    damaged += [{**good, "parts": parts} for parts in (None, 3, "ab", [3], [["layers.*.shared"]], [[{}, []]], [None])]
+    for kept in damaged:
+        store.write_choice("key", kept)
+        assert remembered("key", (), (SHARED,)) is None, kept
+    store.write_choice("key", good)
+    assert remembered("key", (), (SHARED,)) == Choice(Plan((SHARED,)), "cached")
 
 
 @pytest.mark.gpu

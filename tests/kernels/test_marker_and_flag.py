@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -182,9 +183,10 @@ def test_auto_is_fused_on_trial_only() -> None:
 
 def test_a_rule_for_no_region_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = replace(SETTINGS, fusion_safe_regions=(("LAYERS_7_SHARED", "1"),))
-    monkeypatch.setattr(fuse, "fusion_safety", lambda names, rules: safety.fusion_safety(names, rules, wrong))
+    monkeypatch.setattr(fuse, "fusion_safety", functools.partial(safety.fusion_safety, settings=wrong))
     gm = moe()
     code = gm.code
     with pytest.raises(SettingsError, match="names no region"):
         fuse_elementwise(gm)
     assert gm.code == code
+    assert fuse_elementwise(gm, partial=True).safety == {"layers.0.shared": "0", "layers.1.shared": "0"}
