@@ -2,14 +2,15 @@
 
 Enters: a mapping of environment variables. Leaves: one frozen `Settings`. A malformed value or an unknown
 `AUXSTREAM_*` name raises `SettingsError`, because a misspelt kill switch that silently does nothing is worse than
-none. `None` means "not set": the option given in code decides.
+none. `None` means "not set": the option given in code decides. `SETTINGS` is parsed when it is first imported, so that
+`auxstream doctor`, which imports this module alone, can say of each variable what is wrong with it.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, cast
@@ -184,5 +185,60 @@ def _count(environ: Mapping[str, str], name: str) -> int | None:
     return int(value)
 
 
-SETTINGS: Final = read_settings(os.environ)
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One variable, as the environment has it.
+
+    Attributes:
+        value: None where it is not set.
+        fault: what is wrong with it.
+    """
+
+    name: str
+    value: str | None
+    fault: SettingsError | None
+
+    @property
+    def origin(self) -> Literal["environment", "default"]:
+        """Where what is in force comes from; by default, options given in code decide."""
+        return "default" if self.value is None else "environment"
+
+
+_environ: Final = dict(os.environ)
+
+SETTINGS: Settings
 """The settings in force in this process."""
+
+
+def __getattr__(name: str) -> Settings:
+    if name != "SETTINGS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = settings = read_settings(_environ)
+    return settings
+
+
+def every_setting(environ: Mapping[str, str] = _environ) -> tuple[Setting, ...]:
+    """All variables that there are, and all `AUXSTREAM_*` names that are set."""
+    known = [name for name in MEANING if "<" not in name]
+    others = sorted(name for name in environ if name.startswith(PREFIX) and name not in MEANING)
+    return tuple(Setting(name, environ.get(name), _fault(environ, name)) for name in (*known, *others))
+
+
+def _fault(environ: Mapping[str, str], name: str) -> SettingsError | None:
+    try:
+        read_settings({name: environ[name]} if name in environ else {})
+    except SettingsError as error:
+        return error
+    return None
+
+
+def leave_out(faulty: Iterable[Setting]) -> None:
+    """Settle `SETTINGS` as if these were not set: for `auxstream doctor`, which reports them and goes on."""
+    assert "SETTINGS" not in globals(), "settings are read once"
+    for setting in faulty:
+        del _environ[setting.name]
+
+
+def others(*names: str) -> dict[str, str]:
+    """Variables of other libraries, those that are set."""
+    return {name: _environ[name] for name in names if name in _environ}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from auxstream.runtime.errors import AuxstreamError, SettingsError
-from auxstream.runtime.settings import MEANING, Settings, read_settings
+from auxstream.runtime.settings import MEANING, Settings, every_setting, read_settings
 
 LEGAL: dict[str, dict[str, tuple[str, Any]]] = {
     "AUXSTREAM_DISABLE": {"0": ("disable", False), "1": ("disable", True)},
@@ -94,3 +97,47 @@ def test_unknown(name: str) -> None:
     assert f"unknown environment variable {name}" in text
     assert all(f"{known} ({values})" in text for known, values in MEANING.items())
     assert isinstance(caught.value, AuxstreamError)
+
+
+def test_every_setting_tells_where_it_comes_from_and_what_is_wrong_with_it() -> None:
+    environ = {
+        "AUXSTREAM_VERIFY": "warn",
+        "AUXSTREAM_NVTX": "yes",
+        "AUXSTREAM_FUSION_SAFE_A": "1",
+        "AUXSTREAM_FUSION_SAFE_B": "no",
+        "AUXSTREAM_DISABEL": "1",
+        "PATH": "/bin",
+    }
+    found = {setting.name: setting for setting in every_setting(environ)}
+    known = [name for name in MEANING if "<" not in name]
+    assert list(found) == [*known, "AUXSTREAM_DISABEL", "AUXSTREAM_FUSION_SAFE_A", "AUXSTREAM_FUSION_SAFE_B"]
+    assert {name: setting.value for name, setting in found.items() if setting.value is not None} == {
+        name: value for name, value in environ.items() if name != "PATH"
+    }
+    assert {name for name, setting in found.items() if setting.origin == "environment"} == set(environ) - {"PATH"}
+    faults = {name: str(setting.fault) for name, setting in found.items() if setting.fault is not None}
+    assert set(faults) == {"AUXSTREAM_NVTX", "AUXSTREAM_FUSION_SAFE_B", "AUXSTREAM_DISABEL"}
+    assert all(name in text and "remedy:" in text for name, text in faults.items())
+
+
+LEFT_OUT = """
+from auxstream.runtime import settings
+found = settings.every_setting()
+settings.leave_out(setting for setting in found if setting.fault is not None)
+print([setting.name for setting in found if setting.fault is not None])
+print(settings.SETTINGS.verify, settings.SETTINGS.nvtx, settings.others("OTHER", "AUXSTREAM_NOT_SET"))
+try:
+    settings.leave_out([])
+except AssertionError:
+    print("once")
+"""
+
+
+def test_faulty_ones_can_be_left_out_before_anybody_asks() -> None:
+    environ = {"AUXSTREAM_NVTX": "x", "AUXSTREAM_WHAT": "1", "AUXSTREAM_VERIFY": "warn", "OTHER": "o"}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("AUXSTREAM_")}
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_OUT], env={**inherited, **environ}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "['AUXSTREAM_NVTX', 'AUXSTREAM_WHAT']\nwarn False {'OTHER': 'o'}\nonce\n"
