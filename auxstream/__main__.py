@@ -1,4 +1,4 @@
-"""The command line: `python -m auxstream demo`, `run` and `verify`, also installed as `auxstream`."""
+"""The command line: `python -m auxstream demo`, `run`, `verify`, `trace` and `bench`, also installed as `auxstream`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     _add_trace_arguments(trace)
     trace.set_defaults(run=_trace)
+    bench = commands.add_parser(
+        "bench",
+        help="measure everything, against what one would use instead",
+        description="Runs benchmarks, each in a process of its own and within a time limit. Exit code: 0 all that could "
+        "run here did, 1 something failed or nothing could run, 2 an error. See bench/README.md.",
+    )
+    _add_bench_arguments(bench)
+    bench.set_defaults(run=_bench)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -84,6 +92,26 @@ def _add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replays", type=_count, default=20, metavar="N", help="profiled, of each graph (default 20)")
     parser.add_argument("what", metavar="demo|SCRIPT", help="demo --help: its own arguments")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="the script's own arguments")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench.suite import run_bench
+
+    return run_bench(options)
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `bench`."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks, by name; default: all")
+    parser.add_argument("--quick", action="store_true", help="short forms of the main ones: five minutes on a GPU")
+    parser.add_argument("--list", action="store_true", help="say what there is")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="PATH",
+        help="write all figures into this file (.json), or a file each in this folder",
+    )
+    parser.add_argument("--compare", nargs=2, type=Path, metavar="RESULTS", help="two of those, side by side")
 
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
