@@ -47,8 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     bench = commands.add_parser(
         "bench",
         help="measure everything, against what one would use instead",
-        description="Runs benchmarks, each in a process of its own and within a time limit. Exit code: 0 all that could "
-        "run here did, 1 something failed or nothing could run, 2 an error. See bench/README.md.",
+        description="Runs benchmarks, each in a process of its own and within a time limit. Exit code: 0 all that "
+        "could run here did, 1 something failed or nothing could run, 2 an error. See bench/README.md.",
     )
     _add_bench_arguments(bench)
     bench.set_defaults(run=_bench)
