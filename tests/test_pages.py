@@ -7,7 +7,6 @@ import importlib
 import inspect
 import json
 import re
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,8 +87,8 @@ def test_every_public_name_is_in_the_reference() -> None:
     from auxstream import capture, kernels, runtime
 
     described = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", REFERENCE, re.MULTILINE)}
-    for module in (auxstream, capture, kernels, runtime):
-        missing = set(module.__all__) - described - {"runtime", "capture", "kernels"}
+    for module in (auxstream, capture, kernels, runtime, auxstream.errors):
+        missing = set(module.__all__) - described - {"runtime", "capture", "kernels", "errors"}
         assert not missing, f"docs/reference.md lacks {', '.join(sorted(missing))} of {module.__name__}"
 
 
@@ -107,7 +106,8 @@ def undescribed(function: Callable[..., Any]) -> list[str]:
 
 def test_functions_of_the_reference_are_described() -> None:
     found: dict[str, list[str]] = {}
-    for path, members in re.findall(r"^::: (\S+)$(?:\n    options:\n      members: \[(.*)\])?", REFERENCE, re.MULTILINE):
+    entry = re.compile(r"^::: (\S+)$(?:\n    options:\n      members: \[(.*)\])?", re.MULTILINE)
+    for path, members in entry.findall(REFERENCE):
         home, _, name = path.rpartition(".")
         thing = getattr(importlib.import_module(home), name)
         if inspect.isclass(thing):
@@ -165,9 +165,9 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_example_runs_and_is_proved(capsys: pytest.CaptureFixture[str]) -> None:
-    section = README.partition("## In ten lines\n")[2].partition("\nThe four steps")[0]
+    code = README.partition("## In ten lines\n\n```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {}
-    exec(textwrap.dedent(section), names)
+    exec(code, names)
     assert "no race" in capsys.readouterr().out
     names["x"].normal_()
     names["g"].replay()
