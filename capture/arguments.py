@@ -100,7 +100,7 @@ class Arguments:
             raise InputError(
                 f"input {self._names[position]!r} is a constant of the captured graph",
                 expected=repr(static),
-                came=repr(value),
+                came=_said(value),
                 remedy="pass a tensor if it must vary, or compile for this value too",
             )
 
@@ -117,7 +117,7 @@ class Arguments:
         return InputError(
             f"input {name!r} differs from the captured one",
             expected=_described(kind) + others,
-            came=_described(kind_of(value)) if isinstance(value, Tensor) else repr(value),
+            came=_said(value),
             remedy="pad or move it, or compile for this shape too",
         )
 
@@ -129,6 +129,10 @@ def _is_leaf(value: Any) -> bool:
 
 def kind_of(tensor: Tensor) -> Kind:
     return tensor.shape, tensor.dtype, tensor.device, tensor.layout
+
+
+def _said(value: Any) -> str:
+    return _described(kind_of(value)) if isinstance(value, Tensor) else repr(value)
 
 
 def _described(kind: Kind) -> str:

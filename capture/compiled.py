@@ -7,6 +7,7 @@ a call is one step, whatever other threads and streams do: copy in, replay, copy
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ class CompiledModel:
         Returns:
             what the model returns.
         """
-        with torch.no_grad(), self.graph.order:
+        with torch.no_grad(), self.graph.order if "graph" in vars(self) else nullcontext():
             return self._lives().model(*args, **kwargs)
 
     def check(self) -> None:
@@ -171,6 +172,12 @@ class CompiledModel:
                 remedy="ask the whole model",
             )
         return self._life
+
+    def __getattr__(self, name: str) -> Any:
+        """What a recapture that failed left nothing of. Raises CaptureError."""
+        if self._life is not None and not name.startswith("__"):
+            self._life.known()
+        raise AttributeError(f"a {type(self).__name__} has no {name!r}")
 
     def __str__(self) -> str:
         return self.summary

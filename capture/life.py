@@ -7,8 +7,9 @@ the compiled model, so nothing keeps a compiled model alive but its user.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ from .graphs import CapturedGraph
 
 if TYPE_CHECKING:
     from .compiled import CompiledModel
+
+
+_one_at_a_time: Final = threading.RLock()
+"""A tracer patches `nn.Module` for the whole process, so threads compile in turn."""
 
 
 class Life:
@@ -35,10 +40,11 @@ class Life:
 
     def made(self, pool: Any = None) -> CompiledModel:
         """The model compiled. What had been made before is gone."""
-        with torch.no_grad():
-            for leaf, value in self._example:
-                leaf.copy_(value)
-        compiled, summary = self._make(pool)
+        with _one_at_a_time:
+            with torch.no_grad():
+                for leaf, value in self._example:
+                    leaf.copy_(value)
+            compiled, summary = self._make(pool)
         compiled.begin(self, summary)
         return compiled
 
@@ -51,19 +57,20 @@ class Life:
 
     def glance(self) -> None:
         """Before a call. Raises CaptureError for replaced tensors, as far as it sees them; see `Bindings`."""
-        self._known().glance()
+        self.known().glance()
 
     def check(self) -> None:
         """Look at every tensor. Raises CaptureError."""
-        self._known().check()
+        self.known().check()
 
-    def _known(self) -> Bindings:
+    def known(self) -> Bindings:
+        """The tensors that the graphs read. Raises CaptureError if there are no graphs."""
         if self._bindings is None:
             raise CaptureError(
                 "this compiled model has no graphs",
                 expected="a recapture() that ended well",
                 came="one that failed, after the old graphs were given back",
-                remedy="call recapture() again, or eager(...)",
+                remedy="call recapture() again, or the model itself",
             )
         return self._bindings
 

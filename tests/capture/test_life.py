@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -113,7 +114,7 @@ def test_every_weight_and_buffer_of_a_decode_step_is_read_anew() -> None:
     step = DecodeStep(build(tiny_models._config("gemma4")), 1, tiny_models.CONTEXT)
     inputs = tiny_models.inputs()
     fast = auxstream.compile(step, inputs)
-    used = set(fast._lives()._known()._addresses)
+    used = set(fast._lives().known()._addresses)
     caches = {name for name, _ in step.named_buffers() if "cache" in name or "keys" in name or "values" in name}
     assert len(used - caches) > 40
     for name, tensor in [*step.named_parameters(), *step.named_buffers()]:
@@ -301,6 +302,44 @@ def test_a_recapture_that_fails_leaves_no_graphs_and_may_be_tried_again(x: Tenso
     model.head = nn.Linear(3, 8)
     fast.recapture()
     assert_equal(fast, model, x)
+
+
+def test_without_graphs_all_but_the_model_itself_says_so(x: Tensor) -> None:
+    model = Model()
+    expected = model(x)
+    fast = auxstream.compile(model, x)
+    with pytest.raises(AttributeError, match="no 'speed'"):
+        _ = fast.speed
+    head, model.head = model.head, nn.Linear(5, 5)
+    with pytest.raises(auxstream.AuxstreamError):
+        fast.recapture()
+    ask: list[Callable[[], object]] = [
+        fast.wait, fast.check, lambda: fast.memory, lambda: fast.report, lambda: fast.regions, lambda: fast.calls,
+    ]  # fmt: skip
+    for question in ask:
+        with pytest.raises(CaptureError, match="no graphs"):
+            question()
+    assert "a graph of a compiled model" in str(fast)
+    model.head = head
+    assert torch.equal(fast.eager(x), expected)
+
+
+def test_threads_compile_in_turn(x: Tensor) -> None:
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            model = Model()
+            assert_equal(auxstream.compile(model, x), model, x)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
 
 
 def test_recapture_of_buckets_checks_padding_with_the_first_values() -> None:
