@@ -20,7 +20,7 @@ import torch
 
 from .bench.trace_match import Kernel, MatchError, trace_of
 from .bench.trace_plan import plan_of
-from .bench.trace_profile import Launch, Session
+from .bench.trace_profile import Launch, Session, profiled_already
 from .capture import graphs, race
 from .capture.adopt import Adopted, adopting
 from .capture.report import Report
@@ -78,7 +78,7 @@ class Sampler:
             if threading.get_ident() == self._thread:
                 if watched is None or self._paused or self._seen(watched) >= self._most:
                     self.end()
-                elif self._session is None and not torch._C._autograd._profiler_enabled():
+                elif self._session is None and not profiled_already():
                     self._session = self._make()
                     self._session.start()
             if self._session is not None:

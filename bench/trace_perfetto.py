@@ -37,7 +37,8 @@ def _meta(kind: str, process: int, track: int, **args: Any) -> dict[str, Any]:
 
 
 def _slice(name: str, kind: str, process: int, track: int, start: float, end: float, **args: Any) -> dict[str, Any]:
-    where = {"pid": process, "tid": track, "ts": round(start, 3), "dur": round(end - start, 3)}
+    first, last = round(start, 3), round(end, 3)  # both ends, so that what lies inside still does
+    where = {"pid": process, "tid": track, "ts": first, "dur": round(last - first, 3)}
     return {"ph": "X", "name": name, "cat": kind, **where, "args": args}
 
 

@@ -55,6 +55,12 @@ class Session:
             return launches_in(json.loads(path.read_text(errors="replace"), strict=False)["traceEvents"])
 
 
+def profiled_already() -> bool:
+    """Whether a profiler runs on this thread: two at once there cannot be."""
+    internals: Any = torch._C
+    return internals._autograd._profiler_enabled()
+
+
 def launches_of_replays(replay: Callable[[], object], times: int) -> list[Launch]:
     """Of so many replays; one more goes before them, unseen, and one that is seen and left out."""
     replay()
