@@ -52,6 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     _add_bench_arguments(bench)
     bench.set_defaults(run=_bench)
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is here, what works here, and what to do about the rest",
+        description="Tries each capability by using it, and shows versions, devices, and the settings in force. "
+        "Exit code: 0 what auxstream needs here works, 1 it does not.",
+    )
+    doctor.add_argument("--json", type=_new_file, metavar="FILE", help="write everything here")
+    doctor.set_defaults(run=_doctor)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -112,6 +120,12 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="write all figures into this file (.json), or a file each in this folder",
     )
     parser.add_argument("--compare", nargs=2, type=Path, metavar="RESULTS", help="two of those, side by side")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import doctor
+
+    return doctor(options.json)
 
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
