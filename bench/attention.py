@@ -193,7 +193,7 @@ def sweep(layer: Layer, stack: Sequence[Work], seen: Sequence[int], flush: Tenso
     def timed(cut: Plan) -> dict[int, float]:
         run, found = by_plan(cut, stack[0]), dict[int, float]()
         for count, some in works.items():
-            chain = Chain(run, some, flush)
+            chain = Chain(run, some, flush=flush)
             found[count] = statistics.median(chain.sample() for _ in range(5))
         return found
 

@@ -67,23 +67,31 @@ def _said(a: Measured, b: Measured) -> str:
 
 def _load(path: Path) -> tuple[Mapping[str, str], dict[tuple[str, ...], Measured]]:
     """The machine, and all numbers by the names that lead to them, the benchmark's first."""
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        suite, _ = _read(path / "suite.json")
+        files = [file for name in suite["outcomes"] if (file := path / f"{name}.json").exists()]
     machine: Mapping[str, str] = {}
     found: dict[tuple[str, ...], Measured] = {}
     for file in files:
-        try:
-            document: Any = json.loads(file.read_text())
-            name, results = document["benchmark"], document.get("results", {})
-            machine = document["machine"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{file} holds no results of a benchmark",
-                expected="a file or folder that `auxstream bench --json` wrote",
-                came=f"{type(error).__name__}: {error}",
-            ) from error
+        document, machine = _read(file)
+        name, results = document["benchmark"], document.get("results", {})
         for benchmark, values in (results if name == "suite" else {name: results}).items():
             found |= {(benchmark, *names): value for names, value in _numbers(values)}
     return machine, found
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A file of results, and the machine they are of."""
+    try:
+        document: Any = json.loads(file.read_text())
+        return {"benchmark": document["benchmark"], **document}, document["machine"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file} holds no results of a benchmark",
+            expected="a file or folder that `auxstream bench --json` wrote",
+            came=f"{type(error).__name__}: {error}",
+        ) from error
 
 
 def _numbers(values: Any) -> Iterator[tuple[tuple[str, ...], Measured]]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Literal, cast
 
@@ -50,6 +50,7 @@ OPTIONS: Final = {
     CHOSEN: {},
 }
 MODES: Final = ("reduce-overhead", "max-autotune")
+CORRUPT, EQUAL = "corrupt, of runs held up", "overlapped equals serial"
 HELD_UP_NS: Final = 2_000_000
 """Longer than the host takes to enqueue what the caller does beside a branch."""
 HELD_UP_RUNS: Final = 20
@@ -70,7 +71,7 @@ class Bench:
         self.runs: dict[str, Run] = {}
         self.left_out: dict[str, str] = {}
         self.corrupt: dict[str, tuple[int, int]] = {}
-        self.results: dict[str, Any] = {"left out": self.left_out, "corrupt, of runs held up": self.corrupt}
+        self.results: dict[str, Any] = {"left out": self.left_out, CORRUPT: self.corrupt}
 
     # --- the ways -----------------------------------------------------------------------------------------------------
 
@@ -126,7 +127,7 @@ class Bench:
                 f"  {kernels} kernels, {how}: {seconds:.1f} s, {len(made.regions)} regions; {made.choice}", flush=True
             )
         equal = torch.equal(outputs[SERIAL], outputs[SHARED])
-        self.results[f"overlapped equals serial, {kernels} kernels"] = equal
+        self.results[f"{EQUAL}, {kernels} kernels"] = equal
         for branch in (SHARED_ALONE, ROUTED_ALONE):
             model = Branches(self.layers, branch)
             options = Options(fusion_safe="*=1", multi_stream_moe=False, **rest)
@@ -174,7 +175,7 @@ class Bench:
         for name, figure in figures.items():
             print(f"  {name:48} {figure}  {self._said(name)}", flush=True)
         for kernels in self.options.kernels:
-            equal = self.results[f"overlapped equals serial, {kernels} kernels"]
+            equal = self.results[f"{EQUAL}, {kernels} kernels"]
             print(f"  {kernels} kernels, overlapped equals serial, bit for bit: {equal}")
 
     def _bound(self, kernels: Kernels, figures: dict[str, Figure]) -> None:
@@ -195,11 +196,12 @@ class Bench:
         wrong, runs = self.corrupt[name]
         return f"UNSAFE: corrupt in {wrong} of {runs} runs held up" if wrong else f"right in {runs} runs held up"
 
-    def passed(self) -> bool:
-        """Overlapped equals serial, and what this library or `record_stream` secures is never corrupt."""
-        equal = [value for name, value in self.results.items() if name.startswith("overlapped equals serial")]
-        safe = [wrong == 0 for name, (wrong, _) in self.corrupt.items() if name.endswith((RECORDED, REGIONS))]
-        return all(equal) and all(safe)
+
+def passed(results: Mapping[str, Any]) -> bool:
+    """Overlapped equals serial, and what this library or `record_stream` secures is never corrupt."""
+    equal = [value for name, value in results.items() if name.startswith(EQUAL)]
+    safe = [wrong == 0 for name, (wrong, _) in results[CORRUPT].items() if name.endswith((RECORDED, REGIONS))]
+    return all(equal) and all(safe)
 
 
 def _replaying(hidden: Tensor, replay: Callable[[], object], out: Tensor) -> Callable[[Tensor], Tensor]:
@@ -238,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         left_out.append("torch.compile " + ", ".join(missing) + ", as asked")
     for batch, bench in measured(decoder, options, left_out):
         results[batch] = bench.results
-        results["all passed"] &= bench.passed()
+        results["all passed"] &= passed(bench.results)
         write(options.json, "overlap", results)
     return results
 
