@@ -35,7 +35,10 @@ from .compiler import compile
 from .options import Options
 
 MANY_SIZES: Final = 8
-"""So many graphs of one code, each for other sizes, are made before a warning."""
+"""So many graphs of one code, each for other sizes or numbers, are made before a warning."""
+
+_Key = tuple[tuple[Any, ...], tuple[int, ...]]
+"""Sizes and numbers; where the module's own tensors lie."""
 
 
 def auxstream(
@@ -91,6 +94,8 @@ class _Inputs:
     """Symbols: of which input they are which dimension."""
     constants: tuple[int, ...]
     """Other numbers."""
+    floats: tuple[int, ...]
+    """Numbers that came as tensors of one element, as Dynamo passes floats that vary."""
     symbolic: bool
 
 
@@ -98,7 +103,8 @@ def _read(gm: GraphModule) -> _Inputs:
     nodes = gm.graph.find_nodes(op="placeholder")
     values = [node.meta.get("example_value") for node in nodes]
     bound = [p for p, node in enumerate(nodes) if isinstance(values[p], Tensor) and _is_modules_own(node, values[p])]
-    given = [p for p, value in enumerate(values) if isinstance(value, Tensor) and p not in bound]
+    floats = [p for p, node in enumerate(nodes) if isinstance(values[p], Tensor) and _is_float(node, values[p])]
+    given = [p for p, value in enumerate(values) if isinstance(value, Tensor) and p not in (*bound, *floats)]
     dims = {
         str(size): (p, dim)
         for p in reversed(given)
@@ -108,7 +114,12 @@ def _read(gm: GraphModule) -> _Inputs:
     rest = [p for p, value in enumerate(values) if not isinstance(value, Tensor)]
     sizes = {p: dims[str(values[p])] for p in rest if isinstance(values[p], torch.SymInt) and str(values[p]) in dims}
     constants = [p for p in rest if p not in sizes]
-    return _Inputs(_named(nodes), tuple(bound), tuple(given), sizes, tuple(constants), bool(dims))
+    return _Inputs(_named(nodes), tuple(bound), tuple(given), sizes, tuple(constants), tuple(floats), bool(dims))
+
+
+def _is_float(node: Node, value: Tensor) -> bool:
+    plain = value.dtype is torch.float64 and not value.dim() and value.device.type == "cpu"
+    return plain and all((user.op, user.target) == ("call_method", "item") for user in node.users)
 
 
 def _is_modules_own(node: Node, value: Tensor) -> bool:
@@ -138,8 +149,8 @@ class _Subgraph:
         self._gm = gm
         self._options = options
         self._inputs = _read(gm)
-        self._made: dict[tuple[Any, ...], CompiledModel] = {}
-        self._objects: dict[tuple[Any, ...], tuple[int, ...]] = {}
+        self._made: dict[_Key, CompiledModel] = {}
+        self._objects: dict[_Key, tuple[int, ...]] = {}
         self._gone: list[Any] = []
         self._name = f"torch.compile {CompileContext.current_compile_id() or ''}".strip()
         self._bucketed = bool(options.buckets) and self._inputs.symbolic
@@ -159,19 +170,20 @@ class _Subgraph:
             )
         given = [args[p] for p in inputs.given]
         shapes = () if self._bucketed or not inputs.symbolic else tuple(tensor.shape for tensor in given)
-        key = (shapes, *(args[p] for p in inputs.constants), *(args[p].data_ptr() for p in inputs.bound))
+        numbers = (*(args[p] for p in inputs.constants), *(args[p].item().hex() for p in inputs.floats))
+        key = (shapes, *numbers), tuple(args[p].data_ptr() for p in inputs.bound)
         compiled = self._made.get(key)
         if compiled is None:
             compiled = self._compile(key, args, given)
         return compiled(*given)
 
-    def _compile(self, key: tuple[Any, ...], args: Sequence[Any], given: list[Tensor]) -> CompiledModel:
+    def _compile(self, key: _Key, args: Sequence[Any], given: list[Tensor]) -> CompiledModel:
         options = self._options if self._bucketed else replace(self._options, buckets=(), token_dims={}, pad={})
         if self._bucketed:
             self._refuse_other_size(given)
         owners = [args[p] for p in self._inputs.bound]
         objects = tuple(map(id, owners))
-        for other in [one for one, those in self._objects.items() if those == objects and one[1:] != key[1:]]:
+        for other in [one for one, those in self._objects.items() if those == objects and one[1] != key[1]]:
             self._forget(other)  # the same parameters, which lie elsewhere by now
         compiled = compile(_bound(self._gm, self._inputs, args), tuple(given), options, name=self._name)
         self._made[key], self._objects[key] = compiled, objects
@@ -183,10 +195,11 @@ class _Subgraph:
 
         self._gone = [gone for gone in self._gone if gone() is not None]
         self._gone += [weakref.ref(owner, forget) for owner in owners]
-        if self._inputs.symbolic and len({sizes for sizes, *_ in self._made}) == MANY_SIZES + 1:
+        if len({form for form, _ in self._made}) == MANY_SIZES + 1:
             warnings.warn(
-                f"{self._name} has captured more than {MANY_SIZES} graphs, one for each size that came. Give "
-                "options={'buckets': [...]} to capture some sizes and pad the others.",
+                f"{self._name} has captured more than {MANY_SIZES} graphs, one for each size and each number that "
+                "came. Give options={'buckets': [...]} to capture some sizes and pad the others; pass numbers as "
+                "tensors.",
                 AuxstreamWarning,
                 stacklevel=4,
             )
@@ -203,7 +216,7 @@ class _Subgraph:
                 remedy=f"warm up with {largest} rows that differ",
             )
 
-    def _forget(self, key: tuple[Any, ...]) -> None:
+    def _forget(self, key: _Key) -> None:
         self._made.pop(key, None)
         self._objects.pop(key, None)
 
@@ -233,6 +246,10 @@ def _bound(gm: GraphModule, inputs: _Inputs, args: Sequence[Any]) -> GraphModule
             elif position in inputs.sizes:
                 source, dim = inputs.sizes[position]
                 node.replace_all_uses_with(graph.call_function(torch.ops.aten.sym_size.int, (nodes[source], dim)))
+            elif position in inputs.floats:
+                for item in list(node.users):
+                    _substitute(item, args[position].item())
+                    graph.erase_node(item)
             else:
                 _substitute(node, args[position])
         graph.erase_node(node)

@@ -199,6 +199,34 @@ def test_a_graph_for_every_size_is_said(made: list[auxstream.CompiledModel], mon
     assert len(made) == 3
 
 
+class Scaled(Block):
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        return super().forward(x) * scale + scale
+
+
+@pytest.mark.parametrize("numbers", [(1.5, 2.5, 0.0, -0.0, 2.5), (2, 3, 5, 3, 2)], ids=["floats", "integers"])
+def test_numbers_that_vary_get_a_graph_each(numbers: tuple[Any, ...], made: list[auxstream.CompiledModel]) -> None:
+    model = Scaled()
+    reference = copy.deepcopy(model)
+    fast = torch.compile(model, backend=dynamo.auxstream)
+    for _ in range(2):
+        for number in numbers:
+            x = torch.randn(3, 4)
+            found, expected = fast(x, number), reference(x, number)
+            torch.testing.assert_close(found, expected)
+            assert torch.equal(found.signbit(), expected.signbit())
+    assert len(made) <= len(set(map(str, numbers))) + 1  # Dynamo takes the first one for a constant
+
+
+def test_a_graph_for_every_number_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamo, "MANY_SIZES", 2)
+    fast = torch.compile(Scaled(), backend=dynamo.auxstream)
+    for number in (1.5, 2.5, 3.5):
+        fast(torch.randn(3, 4), number)
+    with pytest.warns(auxstream.AuxstreamWarning, match="pass numbers as tensors"):
+        fast(torch.randn(3, 4), 4.5)
+
+
 def test_training_is_refused() -> None:
     fast = torch.compile(Block(), backend=dynamo.auxstream)
     with torch.enable_grad(), pytest.raises(CaptureError, match="no gradients"):
