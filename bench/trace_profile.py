@@ -83,9 +83,9 @@ def launches_in(events: Iterable[Mapping[str, Any]]) -> list[Launch]:
             kernels.setdefault(correlation, []).append(_kernel(event))
         elif event.get("cat") in ("cuda_runtime", "cuda_driver") and _LAUNCH in event["name"].lower():
             calls.add(correlation)
-    return [
-        Launch(call, tuple(sorted(kernels.get(call, ()), key=lambda kernel: (kernel.start, kernel.end))))
-        for call in sorted(calls)
+    return [  # a runtime's call and the driver's inside it may both be there: the kernels name one of them
+        Launch(call, tuple(sorted(kernels[call], key=lambda kernel: (kernel.start, kernel.end))))
+        for call in sorted(calls & kernels.keys())
     ]
 
 

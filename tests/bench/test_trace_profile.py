@@ -19,6 +19,7 @@ EVENTS = [
     event("cuda_runtime", "cudaLaunchKernel", 0, 5, correlation=3),
     event("kernel", "eager", 6, 2, correlation=3, stream=7),
     event("cuda_runtime", "cudaGraphLaunch", 20, 5, correlation=9),
+    event("cuda_runtime", "cudaGraphLaunch", 9, 7, correlation=4),  # around the next, and nothing's own
     event("cuda_driver", "cuGraphLaunch", 10, 5, correlation=5),
     event("kernel", "_Z6kernelILi4EEvPf", 31.5, 2.25, correlation=9, stream=13),
     event("gpu_memset", "Memset (Device)", 30, 1, correlation=9, stream=7),
