@@ -10,9 +10,10 @@ everything interleaved in one run:
 - `compile`, with its own kernels or with torch's: on one stream, shared experts on a lane, and as it chooses;
 - either branch alone; the longer one bounds what overlap can reach; and torch.compile.
 Beside them the bytes of the weights that must be read, over a device copy's bandwidth. What is by hand also runs with
-the branch held up, against one stream: a way whose bits then differ is UNSAFE. Overlapped must equal serial, bit for
-bit. Does not measure: attention, whole steps (bench/models.py), the host beside a graph. Needs a GPU and the extra
-`hf`; `--device cpu --size tiny` tries it on the simulated machine, where times mean nothing.
+the branch held up, against one stream: a way whose bits then differ is UNSAFE; what records must not be. Does not
+measure: attention, whole steps (bench/models.py), the host beside a graph; nor the bits of what `compile` makes, which
+it proves, and which bench/ffn.py and bench/equality.py compare. Needs a GPU and the extra `hf`; `--device cpu --size
+tiny` tries it on the simulated machine, where times mean nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ OPTIONS: Final = {
     CHOSEN: {},
 }
 MODES: Final = ("reduce-overhead", "max-autotune")
-CORRUPT, EQUAL = "corrupt, of runs held up", "overlapped equals serial"
+CORRUPT: Final = "corrupt, of runs held up"
 HELD_UP_NS: Final = 2_000_000
 """Longer than the host takes to enqueue what the caller does beside a branch."""
 HELD_UP_RUNS: Final = 20
@@ -78,19 +79,24 @@ class Bench:
     def by_hand(self) -> None:
         """The model's own code: on one stream, and on two in every way."""
         self.decoder.set_experts_implementation("grouped_mm")
-        model = FeedForward(self.layers)
-        right = ByHand(self.layers, OneStream())
-        self.runs["eager, one stream"] = torch.no_grad()(partial(model, self.hidden))
+        self.runs["eager, one stream"] = torch.no_grad()(partial(FeedForward(self.layers), self.hidden))
+        right: Callable[[Tensor], Tensor] = ByHand(self.layers, OneStream())
         for name, make in WAYS.items():
             if self.gpu or name == REGIONS:
                 self._add(f"eager, {name}", make, self._eager, right)
         if self.gpu:
-            self.runs["graph, one stream"] = Captured(model, self.hidden).replay
+            self.runs["graph, one stream"], right = self._in_torchs_graph(ByHand(self.layers, OneStream()))
             for name in (EVENTS, RECORDED):
                 self._add(f"graph, {name}", WAYS[name], self._in_torchs_graph, right)
         self._add(f"graph, {REGIONS}", WAYS[REGIONS], self._in_our_graph, right)
 
-    def _add(self, name: str, make: Callable[[], Handoff], prepare: Callable[[ByHand], Step], right: ByHand) -> None:
+    def _add(
+        self,
+        name: str,
+        make: Callable[[], Handoff],
+        prepare: Callable[[ByHand], Step],
+        right: Callable[[Tensor], Tensor],
+    ) -> None:
         self.runs[name], _ = prepare(ByHand(self.layers, make()))
         held_up = torch.tensor([HELD_UP_NS], device=self.clock.device)
         _, step = prepare(ByHand(self.layers, make(), held_up))
@@ -115,19 +121,15 @@ class Bench:
         torchs = kernels == "torch"
         names = ("decode_attention", "router_kernels", "product_kernels")
         rest: dict[str, Any] = dict.fromkeys(names, False) if torchs else {}
-        outputs: dict[str, Tensor] = {}
         for how, given in OPTIONS.items():
             start = time.perf_counter()
             options = Options(fusion_safe="*=1", **given, **rest)
             made = compile(FeedForward(self.layers), (self.hidden,), options, name=f"{kernels} kernels, {how}")
             self.runs[f"compile, {kernels} kernels, {how}"] = made.graph.replay
-            outputs[how] = cast(Tensor, made(self.hidden)).clone()
             seconds = time.perf_counter() - start
             print(
                 f"  {kernels} kernels, {how}: {seconds:.1f} s, {len(made.regions)} regions; {made.choice}", flush=True
             )
-        equal = torch.equal(outputs[SERIAL], outputs[SHARED])
-        self.results[f"{EQUAL}, {kernels} kernels"] = equal
         for branch in (SHARED_ALONE, ROUTED_ALONE):
             model = Branches(self.layers, branch)
             options = Options(fusion_safe="*=1", multi_stream_moe=False, **rest)
@@ -174,9 +176,6 @@ class Bench:
             self._bound(kernels, figures)
         for name, figure in figures.items():
             print(f"  {name:48} {figure}  {self._said(name)}", flush=True)
-        for kernels in self.options.kernels:
-            equal = self.results[f"{EQUAL}, {kernels} kernels"]
-            print(f"  {kernels} kernels, overlapped equals serial, bit for bit: {equal}")
 
     def _bound(self, kernels: Kernels, figures: dict[str, Figure]) -> None:
         def median(what: str) -> float:
@@ -198,10 +197,8 @@ class Bench:
 
 
 def passed(results: Mapping[str, Any]) -> bool:
-    """Overlapped equals serial, and what this library or `record_stream` secures is never corrupt."""
-    equal = [value for name, value in results.items() if name.startswith(EQUAL)]
-    safe = [wrong == 0 for name, (wrong, _) in results[CORRUPT].items() if name.endswith((RECORDED, REGIONS))]
-    return all(equal) and all(safe)
+    """What this library or `record_stream` secures is never corrupt."""
+    return not any(wrong for name, (wrong, _) in results[CORRUPT].items() if name.endswith((RECORDED, REGIONS)))
 
 
 def _replaying(hidden: Tensor, replay: Callable[[], object], out: Tensor) -> Callable[[Tensor], Tensor]:
