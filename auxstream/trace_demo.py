@@ -102,7 +102,21 @@ def trace_demo(demo: Demo, replays: int, rounds: int = 15) -> Entry:
         times = interleave(
             {name: lambda graph=graph: device_time(graph.replay, 20) for name, graph in graphs.items()}, rounds, "us"
         )
+    _same_work(found[ONE_STREAM], found[LANES])
     return Entry(demo.name, found[LANES], found[ONE_STREAM], times)
+
+
+def _same_work(alone: Traced, lanes: Traced) -> None:
+    """Figures compare the two kernel by kernel."""
+    pairs = zip(alone.plan.works, lanes.plan.works, strict=False)
+    other = next((f"{a.kernel} and {b.kernel}" for a, b in pairs if a.kernel != b.kernel), "")
+    if other or len(alone.plan.works) != len(lanes.plan.works):
+        raise CaptureError(
+            "the demo's graph launches other kernels on one stream than on lanes",
+            expected="the same in the same order",
+            came=other or f"{len(alone.plan.works)} and {len(lanes.plan.works)} kernels",
+            remedy="try --fusion unfused; a library that chooses kernels by the stream cannot be compared so",
+        )
 
 
 def _model(demo: Demo) -> tuple[TracedGraph, tuple[Any, ...]]:
