@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .doctor_rows import Row
-from .runtime.errors import AuxstreamError
+from .runtime.errors import AuxstreamError, MissingDependencyError
 from .runtime.settings import Settings, others
 
 CAPABILITIES: Final = "capabilities"
@@ -75,6 +75,9 @@ def tried(probe: Probe, here: Here) -> Row:
             says = probe.run(here)
     except Absent as absent:
         return Row(CAPABILITIES, probe.name, "FAILED" if needed else "absent", str(absent), absent.remedy)
+    except (ImportError, MissingDependencyError) as error:
+        remedy = error.remedy if isinstance(error, MissingDependencyError) else probe.remedy
+        return Row(CAPABILITIES, probe.name, "FAILED" if needed else "absent", _told(error), remedy)
     except Exception as error:
         remedy = (error.remedy if isinstance(error, AuxstreamError) else "") or probe.remedy
         return Row(CAPABILITIES, probe.name, "FAILED" if needed else "note", _told(error), remedy)
@@ -247,7 +250,7 @@ def c_compiler(here: Here) -> str:
         command = [*chosen.split(), "-shared", "-fPIC", f"-I{include}", str(source), "-o", f"{source}.so"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode:
-        raise Wrong(f"{chosen} cannot compile a launcher: {done.stderr.strip().splitlines()[0]}")
+        raise Wrong(f"{chosen} cannot compile a launcher: {done.stderr.strip().partition(chr(10))[0]}")
     return f"{chosen} compiled a launcher"
 
 
