@@ -140,7 +140,7 @@ def cuda_graph(here: Here) -> str:
 
 def graph_introspection(here: Here) -> str:
     if here.graph is None:
-        raise Absent("no CUDA graph was captured, so there is none to read")
+        raise Absent("no CUDA graph was captured, so there is none to read", FIRST_A_GRAPH if here.gpu else "")
     from .capture.inspect import inspect
 
     read = inspect(here.graph.cuda_graph)
@@ -156,7 +156,7 @@ def graph_proof(here: Here) -> str:
     if here.settings.verify == "off":
         raise Absent("AUXSTREAM_VERIFY=off", "unset AUXSTREAM_VERIFY")
     if here.graph is None:
-        raise Absent("no CUDA graph was captured, so there is none to prove")
+        raise Absent("no CUDA graph was captured, so there is none to prove", FIRST_A_GRAPH if here.gpu else "")
     report = here.graph.report
     if not report.ok:
         raise Wrong(str(report))
@@ -278,6 +278,7 @@ def cache_folder(here: Here) -> str:
     return f"{place} can be written"
 
 
+FIRST_A_GRAPH: Final = "see to the row CUDA graph first"
 COMPILER: Final = "install gcc and Python's headers (apt-get install gcc python3-dev), or set CC"
 
 
