@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,12 +202,22 @@ def _attention(query: str, key: str, value: str, mask: str) -> Callable[[_Op], C
             one = op.of(name)
             if isinstance(one, Rows):
                 dim = one.dim - len(op.shape(name))
-                one = Rows(dim + rank, one.each) if dim < -2 else MIXED
+                each_its_own = dim < -2 and op.shape(name)[dim] == _shape(op.node)[dim]  # queries may share a head
+                one = Rows(dim + rank, one.each) if each_its_own else MIXED
             found.append(one)
-        joined = _joined(found)
-        if isinstance(joined, Rows) and _shape(op.node)[joined.dim] != op.shape(query)[joined.dim]:
-            return MIXED
-        return joined
+        return _joined(found)
+
+    return rule
+
+
+def _by_token(*tokens: str) -> Callable[[_Op], Class]:
+    """One token at each index of the first dimension of these; whatever else it is given is the same for all."""
+
+    def rule(op: _Op) -> Class:
+        leaves = pytree.tree_leaves([value for name, value in op.given.items() if name not in tokens])
+        others = _joined([op.classes[leaf] for leaf in leaves if isinstance(leaf, Node)])
+        one = _joined([op.of(name) for name in tokens])
+        return one if isinstance(one, Rows) and one.dim == 0 and others == FREE else MIXED
 
     return rule
 
@@ -262,6 +273,9 @@ _RULES: Final[Mapping[str, Callable[[_Op], Class]]] = {
     "addmm": _product("mat1", "mat2", "self"),
     "scaled_dot_product_attention": _attention("query", "key", "value", "attn_mask"),
     "auxstream::decode_attention": _attention("q", "k", "v", "mask"),
+    "auxstream::moe_experts": _by_token("hidden", "chosen", "scale"),
+    "auxstream::moe_router": _by_token("hidden"),
+    "auxstream::skinny_linear": _by_token("x"),
     "embedding": _looked_up("weight", "indices"),
     "index": _indexed,
     "gather": _gathered,

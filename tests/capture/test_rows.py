@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from auxstream.capture.rows import Mixing, find_mixing
 from auxstream.capture.trace import TracedGraph, trace
+from auxstream.kernels.experts import moe_experts
+from auxstream.kernels.products import skinny_linear
+from auxstream.kernels.router import Rules, moe_router
 
 ROWS, WIDTH = 3, 8
 
@@ -43,6 +46,19 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 IN_ROWS = (0, 1, 0)
 
+
+def experts(x: Tensor, chosen: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
+    """A mixture whose weights are made of `rows`, one expert each."""
+    up = rows[:, None, :] * torch.ones(6, 1)
+    flags = (False, 1.0, None, 0.0, False, False, False)
+    return moe_experts()(x, chosen, scale, up, up.mT.contiguous(), None, None, "silu", *flags)
+
+
+def route(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    rules = Rules(product=torch.float32, softmax=True, top_k=2, out=torch.float32)
+    return moe_router()(x, weight, None, None, None, *rules.fields)
+
+
 # Per case: what it computes, and the dimension of the output's rows (None for no rows).
 APART: dict[str, tuple[Callable[..., Tensor], int | None]] = {
     "a mlp": (lambda m, x, y, i: m.linear(F.silu(m.linear(x)) * x + m.scale), 0),
@@ -68,6 +84,15 @@ APART: dict[str, tuple[Callable[..., Tensor], int | None]] = {
         lambda m, x, y, i: F.scaled_dot_product_attention(*[x.view(ROWS, 2, 4, 1) + k for k in range(3)]),
         0,
     ),
+    "grouped attention": (
+        lambda m, x, y, i: F.scaled_dot_product_attention(
+            x.view(ROWS, 4, 1, 2), x.view(ROWS, 2, 2, 2), x.view(ROWS, 2, 2, 2), enable_gqa=True
+        ),
+        0,
+    ),
+    "experts": (lambda m, x, y, i: experts(x, torch.stack([i, i + 1], 1), x[:, :2], m.table.weight), 0),
+    "a router": (lambda m, x, y, i: sum(route(x, m.table.weight)), 0),
+    "a product of few rows": (lambda m, x, y, i: skinny_linear()(x, [m.linear.weight], [m.linear.bias])[0], 0),
     "masks": (lambda m, x, y, i: torch.where(x > 0, x, 1.0).masked_fill(i[:, None] > 1, 0.0), 0),
     "in place": (lambda m, x, y, i: (z := m.linear(x), z.add_(x), z.mul_(2))[0], 0),
     "in place through a view": (lambda m, x, y, i: (z := x * 2, z[:, :4].mul_(3), z)[2], 0),
@@ -85,6 +110,17 @@ MIXED: dict[str, tuple[Callable[..., Tensor], int | None]] = {
     "one number": (lambda m, x, y, i: x.sum(), None),
     "attention among rows": (lambda m, x, y, i: (x @ x.t()).softmax(-1) @ x, 0),
     "sdpa among rows": (lambda m, x, y, i: F.scaled_dot_product_attention(x[None], x[None], x[None])[0], 0),
+    "heads of rows, shared": (
+        lambda m, x, y, i: F.scaled_dot_product_attention(
+            m.scale[:6].view(1, 6, 1, 1), *[x.view(1, ROWS, WIDTH, 1)] * 2, enable_gqa=True
+        ).view(2, ROWS),
+        1,
+    ),
+    "experts of rows": (lambda m, x, y, i: experts(x, torch.stack([i, i], 1), x[:, :2], x), 0),
+    "experts chosen in another order": (lambda m, x, y, i: experts(x, i.flip(0)[:, None], x[:, :1], m.table.weight), 0),
+    "experts of columns": (lambda m, x, y, i: experts(y, y.long() % 3, y, m.table.weight[:, :3]), 1),
+    "a router of rows": (lambda m, x, y, i: route(x, x)[1], 0),
+    "a product with rows": (lambda m, x, y, i: skinny_linear()(x, [x], [])[0], 0),
     "sorted rows": (lambda m, x, y, i: x.sort(0)[0], 0),
     "running sums": (lambda m, x, y, i: x.cumsum(0), 0),
     "rows turned round": (lambda m, x, y, i: x.flip(0), 0),
