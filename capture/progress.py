@@ -101,13 +101,13 @@ def captures(name: str, device: torch.device, shown: bool | None) -> Generator[P
 
 @contextmanager
 def _held_still() -> Generator[None]:
-    if gc.get_freeze_count() > _PYTHONS_OWN:  # somebody else's doing, which `unfreeze` would undo
-        yield
-        return
-    gc.collect()
-    gc.freeze()
+    ours = gc.get_freeze_count() <= _PYTHONS_OWN  # else it is somebody's doing, which `unfreeze` would undo
+    if ours:
+        gc.collect()
+        gc.freeze()
     try:
         yield
     finally:
         gc.collect()
-        gc.unfreeze()
+        if ours:
+            gc.unfreeze()

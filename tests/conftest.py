@@ -3,6 +3,7 @@ hypothesis where it is not installed (say, on an offline GPU machine), and tests
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -36,3 +37,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """What is imported, and what other files left alive, is out of the garbage collector's sight: each compilation
+    collects, and half of the tests' time would go into walks through torch and transformers."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """What is frozen outlives the interpreter, and native modules complain of it."""
+    gc.unfreeze()

@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -93,6 +94,15 @@ def test_a_malformed_option_is_named() -> None:
 # --- the collector ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    """Nothing is frozen: the other tests' imports are."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("thawed")
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_collector_is_held_still_and_let_go(fails: bool, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     before = gc.get_freeze_count()
@@ -114,15 +124,40 @@ def test_the_collector_is_held_still_and_let_go(fails: bool, x: Tensor, monkeypa
     assert gc.isenabled()
 
 
+@pytest.mark.usefixtures("thawed")
 def test_what_somebody_else_froze_stays_frozen(x: Tensor) -> None:
     gc.freeze()
+    frozen = gc.get_freeze_count()
+    assert frozen > progress._PYTHONS_OWN
+    compiled(x)
+    assert gc.get_freeze_count() >= frozen - 1000  # some have died
+
+
+@pytest.mark.usefixtures("thawed")
+@pytest.mark.parametrize("frozen", [False, True], ids=["nothing is frozen", "somebody froze"])
+def test_what_a_compilation_leaves_in_cycles_goes_at_its_end(
+    frozen: bool, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Knot:
+        def __init__(self) -> None:
+            self.itself = self
+
+    knots: list[weakref.ref[Knot]] = []
+
+    def forward(self: Wide, x: Tensor) -> Tensor:
+        knots.append(weakref.ref(Knot()))
+        return x + 1
+
+    monkeypatch.setattr(Wide, "forward", forward)
+    if frozen:
+        gc.freeze()
+    gc.disable()
     try:
-        frozen = gc.get_freeze_count()
-        assert frozen > progress._PYTHONS_OWN
         compiled(x)
-        assert gc.get_freeze_count() >= frozen - 1000  # some have died
+        assert knots
+        assert [knot() for knot in knots] == [None] * len(knots)
     finally:
-        gc.unfreeze()
+        gc.enable()
 
 
 # --- scarce memory ----------------------------------------------------------------------------------------------------
