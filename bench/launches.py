@@ -52,10 +52,12 @@ def launches_of(run: Callable[[], object], runs: int = 1) -> Launches:
 _KINDS: Final = (
     ("pointwise", ("triton_poi_", "triton_red_", "triton_per_", "triton_for_")),
     ("attention", ("flash", "fmha", "attention", "sdpa")),
-    ("product", ("gemm", "gemv", "nvjet", "cutlass", "cublas", "splitk", "triton_tem_", "triton_mm", "product_")),
-    ("sort, top-k, scan", ("topk", "sort", "radix", "scan", "histogram", "kth")),
+    ("product", ("gemm", "gemv", "nvjet", "cutlass", "cublas", "splitk", "triton_tem_", "triton_mm")),
+    ("product", ("product_", "experts_up_", "experts_down_")),
+    ("sort, top-k, scan", ("topk", "sort", "radix", "scan", "histogram", "kth", "router_select", "experts_group")),
     ("copy", ("memcpy", "memset")),
     ("pointwise", ("fused_", "elementwise", "reduce_kernel", "softmax", "index", "catarray", "scatter", "gather")),
+    ("pointwise", ("experts_sum",)),
 )
 """Parts of kernels' names, in lower case; the first that fits decides. Fused ones of ours begin with "fused_",
 Inductor's with "triton_"; "pointwise" is elementwise work, reductions, and what moves elements by index."""

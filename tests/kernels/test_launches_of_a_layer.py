@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +35,12 @@ NAMES = {
     "product_one": "product",
     "product_sum": "product",
     "router_product_few": "product",
+    "experts_up_one": "product",
+    "experts_down_many": "product",
+    "experts_group": "sort, top-k, scan",
+    "experts_sum": "pointwise",
+    "router_select": "sort, top-k, scan",
+    "attention_part": "attention",
     "something_new": "other",
 }
 
@@ -40,6 +48,16 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_the_kind_of_a_kernel(name: str) -> None:
     assert kind_of(name) == NAMES[name]
+
+
+def test_every_kernel_of_ours_has_a_kind() -> None:
+    """A launched one is named after what it belongs to; what others call within it is not."""
+    files = (Path(__file__).parents[2] / "kernels").glob("*_kernels.py")
+    functions = [f for file in files for f in ast.parse(file.read_text()).body if isinstance(f, ast.FunctionDef)]
+    owners = ("attention_", "experts_", "product_", "router_")
+    names = [f.name for f in functions if f.name.startswith(owners) and f.decorator_list]
+    assert len(names) > 12
+    assert [name for name in names if kind_of(name) == "other"] == []
 
 
 def test_kinds_are_counted() -> None:
