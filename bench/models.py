@@ -187,8 +187,8 @@ def _torch_compile(
         torch.compiler.reset()  # another batch size is another step
         run, seconds = compiled_by_torch(step, (ids, position), "reduce-overhead", clock.left() - 20)
     except Exception as error:
-        results[TORCH] = f"{type(error).__name__}: {error}"[:2000]
-        print(f"  {TORCH}: failed, {results[TORCH][:300]}", flush=True)
+        results["left out"] = f"{TORCH}: {type(error).__name__}: {error}"[:2000]
+        print(f"  {results['left out'][:300]}", flush=True)
         return
     results[f"compile, s: {TORCH}"] = seconds
     figures = interleave({TORCH: partial(clock.ms, run), name: partial(clock.ms, best)}, options.rounds, "ms")
