@@ -55,7 +55,8 @@ def compare(first: Path, second: Path) -> str:
         )
     for which, only in (("A", [name for name in a if name not in b]), ("B", [name for name in b if name not in a])):
         if only:
-            lines.append(f"only in {which}: " + "; ".join(" / ".join(name) for name in only))
+            rest = f"; and {len(only) - 5} more" if len(only) > 5 else ""
+            lines.append(f"only in {which}: " + "; ".join(" / ".join(name) for name in only[:5]) + rest)
     return "\n".join(line.rstrip() for line in lines)
 
 
