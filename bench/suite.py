@@ -79,7 +79,8 @@ SUITE: Final[Mapping[str, Benchmark]] = {
         no_gpu="--device cpu --size tiny --layers 4 --tokens 32",
     ),
     "verify": Benchmark(
-        "the race checker alone, in nodes per second", 60, 15, whole="--rounds 2", no_gpu="--rounds 2 --nodes 10000 30000", hf=False
+        "the race checker alone, in nodes per second", 60, 15, whole="--rounds 2",
+        no_gpu="--rounds 2 --nodes 10000 30000", hf=False,
     ),
     "capture": Benchmark("a capture with its proof and without", 100, 40),
     "ffn": Benchmark("launches of feed-forward blocks, by fusion", 40),
