@@ -7,7 +7,6 @@ the user turned verification down.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..runtime.errors import AuxstreamWarning, CaptureError, InputError
+from ..runtime.errors import CaptureError, InputError
 from .allocator import AllocatorModel
 from .arguments import Arguments
 from .buckets import BucketedModel
@@ -28,6 +27,7 @@ from .progress import Progress, free_memory
 from .rows import Mixing, find_mixing
 from .size_effects import output_rows, refuse_size_effects
 from .sizes import Sizes
+from .source import warn_user
 from .trace import TracedGraph
 from .uncaptured import order_of_runs
 
@@ -99,11 +99,9 @@ def compile_buckets(
 
 def _say_dropped(size: int, error: torch.OutOfMemoryError, device: torch.device) -> None:
     left = free_memory(device)
-    warnings.warn(
+    warn_user(
         f"bucket {size} is dropped: not enough memory to capture it{f' ({left})' if left else ''}. Calls of its sizes "
         f"run eagerly; smaller buckets go on.\n{str(error).strip().partition(chr(10))[0]}",
-        AuxstreamWarning,
-        stacklevel=5,
     )
 
 
@@ -159,7 +157,7 @@ def _refusing(options: Options) -> Generator[None]:
     except CaptureError as error:
         if options.verify == "error":
             raise
-        warnings.warn(str(error), AuxstreamWarning, stacklevel=5)
+        warn_user(str(error))
 
 
 def _pad_values(options: Options, sizes: Sizes, static: StaticInputs) -> Values:

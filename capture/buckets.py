@@ -7,7 +7,6 @@ one that has was dropped for want of memory, the model itself runs, in the same 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +14,12 @@ import torch
 from torch import nn
 
 from ..runtime import ranges
-from ..runtime.errors import AuxstreamWarning
 from .arguments import Arguments
 from .compiled import CompiledModel
 from .graphs import CapturedGraph
 from .ledger import Ledger, ledger
 from .padding import PaddingVerdict
+from .source import warn_user
 
 
 class BucketedModel(CompiledModel):
@@ -90,10 +89,8 @@ class BucketedModel(CompiledModel):
     def _eagerly(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._told:
             self._told = True
-            warnings.warn(
+            warn_user(
                 f"a call of {rows} rows runs eagerly: the buckets are {', '.join(map(str, self._sizes))}. "
                 "This is said once.",
-                AuxstreamWarning,
-                stacklevel=3,
             )
         return self._model(*args, **kwargs)

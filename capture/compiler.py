@@ -8,7 +8,6 @@ the outputs out. `_Pipeline.compile` reads as the picture: trace, choose, mark, 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from torch.fx import GraphModule
 from ..kernels.fuse import FusionReport
 from ..kernels.safety import refuse_unknown_regions
 from ..runtime import ranges
-from ..runtime.errors import AuxstreamWarning, RaceError, TraceError
+from ..runtime.errors import RaceError, TraceError
 from ..runtime.settings import SETTINGS, Verify, parse_overlap, parse_safety
 from .bucketing import compile_buckets
 from .compiled import CompiledModel
@@ -37,6 +36,7 @@ from .policy import Choice, Plan, key_of, measured, remember, remembered, ruled,
 from .progress import captures
 from .proposals import propose
 from .race import Racing
+from .source import warn_user
 from .split_ops import keep_whole, ops_of, refuse_unknown
 from .state import preserved
 from .switches import adopt_switches
@@ -234,15 +234,13 @@ def _adopt(module: GraphModule) -> None:
     """Hand-written stream switches become marks; what cannot is said, and stays as it is."""
     for adoption in adopt_switches(module):
         if not adoption.adopted:
-            warnings.warn(f"hand-written stream switches stay: {adoption}", AuxstreamWarning, stacklevel=5)
+            warn_user(f"hand-written stream switches stay: {adoption}")
 
 
 def _give_up_trial(fusion: FusionReport | None, error: RaceError) -> None:
     names = ", ".join(name for name, value in (fusion.safety if fusion else {}).items() if value == "auto")
-    warnings.warn(
+    warn_user(
         f"the proof failed with fused kernels on the aux branches of {names}, so they stay unfused there.\n{error}",
-        AuxstreamWarning,
-        stacklevel=3,
     )
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import operator
 import re
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,10 +28,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from ..runtime.errors import AuxstreamWarning, CaptureError, InputError, SettingsError
+from ..runtime.errors import CaptureError, InputError, SettingsError
 from .compiled import CompiledModel
 from .compiler import compile
 from .options import Options
+from .source import warn_user
 
 MANY_SIZES: Final = 8
 """So many graphs of one code, each for other sizes or numbers, are made before a warning."""
@@ -196,12 +196,10 @@ class _Subgraph:
         self._gone = [gone for gone in self._gone if gone() is not None]
         self._gone += [weakref.ref(owner, forget) for owner in owners]
         if len({form for form, _ in self._made}) == MANY_SIZES + 1:
-            warnings.warn(
+            warn_user(
                 f"{self._name} has captured more than {MANY_SIZES} graphs, one for each size and each number that "
                 "came. Give options={'buckets': [...]} to capture some sizes and pad the others; pass numbers as "
                 "tensors.",
-                AuxstreamWarning,
-                stacklevel=4,
             )
         return compiled
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,7 +25,7 @@ from torch.utils._python_dispatch import (
 from ..kernels.experts import moe_experts
 from ..kernels.experts_reference import activate
 from ..kernels.experts_work import ACTIVATIONS, MOST_CHOICES, Activation
-from ..runtime.errors import AuxstreamWarning
+from .source import warn_user
 
 NAME: Final = "auxstream"
 CHECKED: Final = "auxstream_checked"
@@ -174,8 +173,6 @@ def _own() -> Callable[..., Tensor]:
 
 @functools.cache
 def _say(name: str, why: str) -> None:
-    warnings.warn(
+    warn_user(
         f"{name} keeps transformers' grouped products: auxstream's experts do not do this one, {why}.",
-        AuxstreamWarning,
-        stacklevel=4,
     )

@@ -8,7 +8,6 @@ the RNG are as before, and nothing stays half-captured.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import ranges
-from ..runtime.errors import AuxstreamError, AuxstreamWarning, CaptureError, RaceError
+from ..runtime.errors import AuxstreamError, CaptureError, RaceError
 from ..runtime.machine import current_machine, thread_state, using_machine
 from ..runtime.settings import SETTINGS, VERIFY_VALUES, Verify
 from .allocator import AllocatorModel
@@ -30,6 +29,7 @@ from .proof import verify as prove
 from .record import Recorder
 from .refusals import NoHostReads, capturing_device
 from .simulate import Simulation
+from .source import warn_user
 from .streams import CALLER, InlineStreams, RecordingMachine, SimulatedStreams
 
 if TYPE_CHECKING:
@@ -393,4 +393,4 @@ def _close(
         return
     if mode == "error":
         raise RaceError(f"graph {captured.name!r} is not proved free of races\n{report}", report)
-    warnings.warn(f"graph {captured.name!r} is not proved free of races\n{report}", AuxstreamWarning, stacklevel=4)
+    warn_user(f"graph {captured.name!r} is not proved free of races\n{report}")

@@ -206,13 +206,13 @@ class Calls:
                 raise self._shared(position, "a buffer of the model that the model writes")
             if position not in self.written:
                 continue
-            if any(not stride and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
-                raise self._shared(position, "itself: it is expanded, and written")
             if storage_of(value) in self.live_storages:
                 raise self._shared(position, "the model's own tensors, or with an output of an earlier call")
             for other, another in enumerate(given):
                 if other != position and isinstance(another, Tensor) and _overlap(value, another):
                     raise self._shared(position, f"input {self._names[other]!r}")
+            if any(not stride and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
+                raise self._shared(position, "itself: it is expanded, and written")
 
     def _shared(self, position: int, what: str) -> InputError:
         return InputError(

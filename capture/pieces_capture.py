@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..runtime import ranges
-from ..runtime.errors import AuxstreamWarning, RaceError
+from ..runtime.errors import RaceError
 from ..runtime.settings import SETTINGS, Verify
 from .graphs import OBSERVERS, CapturedGraph, CudaGraph, _checked, graph
 from .inputs import StaticInputs
@@ -34,6 +34,7 @@ from .pieces_eager import EagerCall, Layouts, declared_program
 from .pieces_machines import Cuda, Machine, Simulated
 from .program import Op, Program
 from .signatures import tensors_in
+from .source import warn_user
 from .splitting import Part, Split, module_of, split_graph
 from .state import preserved, storage_of
 from .steps import Piece
@@ -62,11 +63,9 @@ def capture_pieces(
     mode = SETTINGS.verify or verify
     split = split_graph(module, split_ops)
     if drawing := split.drawing():
-        warnings.warn(
+        warn_user(
             f"step {name!r} runs on one stream, as graphs that draw random numbers may not run side by side: "
-            f"{', '.join(drawing)} would, in pieces",
-            AuxstreamWarning,
-            stacklevel=3,
+            f"{', '.join(drawing)} would, in pieces"
         )
     if SETTINGS.disable or drawing:
         split = split.on_one_stream()
@@ -87,7 +86,7 @@ def capture_pieces(
     if not report.ok and mode == "error":
         raise RaceError(f"step {name!r} is not proved free of races\n{report}", report)
     if not report.ok and mode == "warn":
-        warnings.warn(f"step {name!r} is not proved free of races\n{report}", AuxstreamWarning, stacklevel=3)
+        warn_user(f"step {name!r} is not proved free of races\n{report}")
     return captured, outputs
 
 

@@ -14,7 +14,6 @@ nothing, so the stream `host` has edges to the copies enqueued after it and none
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -26,14 +25,14 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from ..kernels.accesses import hidden_writes
-from ..runtime.errors import AuxstreamWarning, UndeclaredAccessError
+from ..runtime.errors import UndeclaredAccessError
 from ..runtime.settings import Verify
 from .allocator import AllocatorModel
 from .handing import Handing, Verdict
 from .program import Buffer, Op, Program, Record, Step, TensorRef, Wait
 from .refusals import Refusals, refuse_functions, refuse_host_traffic, refuse_layouts, refuse_resizing
 from .signatures import arguments, in_parts, is_view, replaced, tensors_in
-from .source import source_line
+from .source import source_line, warn_user
 
 HOST: Final = -1
 """The stream of what the host does to pinned memory during a CUDA capture."""
@@ -381,11 +380,9 @@ class Recorder(TorchDispatchMode):
             self.record_use(tensor, stream)
             if self.allocator is not None:
                 self.allocator.record_use(buffer.address, stream)
-            warnings.warn(
+            warn_user(
                 f"{func} on {here} reads an undeclared tensor made by `{buffer.label}`, at {source_line()}; it was "
-                "recorded for that stream. Declare it in fork(), or hand it over with region.returns().",
-                AuxstreamWarning,
-                stacklevel=3,
+                "recorded for that stream. Declare it in fork(), or hand it over with region.returns()."
             )
 
     def finish(self) -> Program:
