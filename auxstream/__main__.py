@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -85,13 +86,26 @@ def _run(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from .verify_script import verify_script
 
+    _say_passed_on("verify", options.arguments, "--json", "--picture")
     return verify_script(options.script, options.arguments, to=options.json, pictures=options.picture)
 
 
 def _trace(options: argparse.Namespace) -> int:
     from .trace_command import trace_command
 
+    _say_passed_on("trace", options.arguments, "--to", "--replays")
     return trace_command(options.what, options.arguments, to=options.to, replays=options.replays)
+
+
+def _say_passed_on(command: str, arguments: Sequence[str], *own: str) -> None:
+    """Options of the command's own that stand behind the script go to the script: that may be meant, or not."""
+    for name in own:
+        if any(argument.partition("=")[0] == name for argument in arguments):
+            print(
+                f"auxstream: {name} stands behind the script, so the script gets it; for `auxstream {command}` it "
+                f"belongs in front: auxstream {command} {name} ... SCRIPT",
+                file=sys.stderr,
+            )
 
 
 def _add_trace_arguments(parser: argparse.ArgumentParser) -> None:

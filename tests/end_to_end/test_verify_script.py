@@ -233,7 +233,11 @@ def test_the_script_is_main_and_has_its_arguments(
     argv, path, main_module = list(sys.argv), list(sys.path), sys.modules["__main__"]
     assert verify(script, "--json", "x", "--help", "--", "-k") == 0
     arguments = [str(script), "--json", "x", "--help", "--", "-k"]
-    assert capsys.readouterr().out.startswith(f"__main__ {script} {arguments} found\n")
+    said = capsys.readouterr()
+    assert said.out.startswith(f"__main__ {script} {arguments} found\n")
+    assert said.err.startswith("auxstream: --json stands behind the script, so the script gets it")
+    assert verify(script, "--help", "json") == 0
+    assert not capsys.readouterr().err
     assert (sys.argv, sys.path, sys.modules["__main__"]) == (argv, path, main_module)
     assert not graphs.OBSERVERS
 
