@@ -2,7 +2,8 @@
 
 Enters: a proved CUDA graph. Leaves: `Costly` kernels, the most expensive first. A kernel's bytes are those that the
 proof says it touches, each once. Of a stack of experts only as many slices count as tokens were sent to any: a bound,
-for two tokens may share one. Invariant: bytes that several kernels of one op touch count for the slowest of them.
+for two tokens may share one. Invariant: kernels that touch the same weights are one op's, and share its bytes as they
+share its time.
 """
 
 from __future__ import annotations
@@ -60,17 +61,18 @@ def costliest(graph: CudaGraph, most: int = 10, replays: int = 3) -> list[Costly
 
 def bytes_by_kernel(evidence: Evidence, launches: Launches) -> dict[str, int]:
     """The bytes that all launches of each kernel must move, by the kernel's readable name."""
-    slowest: dict[frozenset[Touch], str] = {}
-    kernels = [(readable(node.kernel), frozenset(node.touches)) for node in evidence.nodes if node.kernel]
-    for kernel, touches in kernels:
-        known = slowest.get(touches)
-        if known is None or _each(launches, kernel) > _each(launches, known):
-            slowest[touches] = kernel
-    found: dict[str, int] = {}
-    for kernel, touches in kernels:
-        own = touches if slowest[touches] == kernel else ()
-        found[kernel] = found.get(kernel, 0) + sum(_moved(evidence.buffers, list(own)))
-    return found
+    kernels = [(readable(node.kernel), node.touches) for node in evidence.nodes if node.kernel]
+    together: dict[frozenset[Touch] | int, list[tuple[str, Sequence[Touch]]]] = {}
+    for number, (kernel, touches) in enumerate(kernels):
+        weights = frozenset(touch for touch in touches if evidence.buffers[touch[0].buffer].stream is None)
+        together.setdefault(weights or number, []).append((kernel, touches))
+    found = {kernel: 0.0 for kernel, _ in kernels}
+    for alike in together.values():
+        nbytes = sum(_moved(evidence.buffers, list({touch for _, touches in alike for touch in touches})))
+        times = [_each(launches, kernel) for kernel, _ in alike]
+        for (kernel, _), us in zip(alike, times, strict=True):
+            found[kernel] += nbytes * (us / sum(times) if sum(times) else 1 / len(times))
+    return {kernel: round(nbytes) for kernel, nbytes in found.items()}
 
 
 def _each(launches: Launches, kernel: str) -> float:

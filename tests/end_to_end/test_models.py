@@ -176,16 +176,17 @@ def ref(buffer: int, *size: int, dtype: torch.dtype = torch.bfloat16) -> TensorR
 def test_bytes_of_kernels() -> None:
     experts, rows, ends, out = ref(0, 16, 8, 4), ref(1, 3, 4), ref(2, 16, dtype=torch.int32), ref(3, 3, 8)
     buffers = (Buffer(0, 1024, None, "weights"), *(Buffer(4096 * n, 64, 1, "made") for n in (1, 2, 3)))
-    product = ((out, True), (experts, False), (rows, False), (ends, False))
+    both = ((out, True), (experts, False), (rows, False), (ends, False))
     nodes: list[Any] = [
-        Node("grouped", "caller", touches=product, kernel="prepare"),
-        Node("grouped", "caller", touches=product, kernel="multiply"),
+        Node("grouped", "caller", touches=both[:-1], kernel="prepare"),
+        Node("grouped", "caller", touches=both, kernel="multiply"),
         *(Node("add", "caller", touches=((out, True), (rows, False)), kernel="add") for _ in range(2)),
     ]
     evidence = Evidence(tuple(nodes), (), buffers, (), ())
     found = costliest.bytes_by_kernel(evidence, {"prepare": (1, 1.0), "multiply": (1, 9.0), "add": (2, 4.0)})
     slices = 3 * 8 * 4 * 2  # of three rows, each may go to an expert of its own
-    assert found == {"prepare": 0, "multiply": slices + 24 + 64 + 48, "add": 2 * (48 + 24)}
+    product = slices + 24 + 64 + 48
+    assert found == {"prepare": round(product / 10), "multiply": round(product * 9 / 10), "add": 2 * (48 + 24)}
 
 
 def test_names_of_kernels_are_readable() -> None:
