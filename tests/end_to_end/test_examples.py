@@ -1,4 +1,4 @@
-"""The examples: `by_hand.py` as a newcomer runs it, and with the changes it invites; a whole model; options in a file."""
+"""The examples: `by_hand.py` as a newcomer runs it, and with changes it invites; a whole model; options in a file."""
 
 from __future__ import annotations
 
