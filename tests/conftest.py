@@ -19,6 +19,11 @@ assert _kernels is not None
 assert _kernels.loader is not None
 _kernels.loader.exec_module(importlib.util.module_from_spec(_kernels))
 
+if "OMP_NUM_THREADS" not in os.environ:
+    # Models are tiny, and test files run side by side: threads that wait for one another would take most of the time.
+    os.environ["OMP_NUM_THREADS"] = "1"  # of child processes
+    torch.set_num_threads(1)
+
 os.environ.setdefault("AUXSTREAM_CACHE_DIR", str(HERE.parent / "build" / "test-cache"))  # not the user's
 
 if importlib.util.find_spec("hypothesis") is None:
