@@ -21,7 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
         "run",
         help="your model's decode step on one stream and on two, bit for bit",
         description="Compiles the decode step of a causal LM twice, from one graph and with the same kernels: on one "
-        "stream, and with its shared experts on auxiliary streams; runs prompts through both. Exit code: 0 the same "
+        "stream, and with branches (--overlap; by default shared experts) on auxiliary streams; runs prompts through "
+        "both. Which of these pay is not measured here: `compile` does that. Exit code: 0 the same "
         "bits, and proved; 1 not; 2 an error. Nothing is downloaded.",
     )
     _add_run_arguments(run)
@@ -192,6 +193,13 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_count, default=1, help="sequences per step (default 1)")
     parser.add_argument("--context", type=_count, help="positions of the caches (default: as many as are needed)")
     parser.add_argument("--layers", type=_count, help="only the first layers of the model")
+    parser.add_argument(
+        "--overlap",
+        default="",
+        metavar="RULES",
+        help="which branches run on lanes, as '*=off,layers.*.shared=on' (default: shared experts; AUXSTREAM_OVERLAP "
+        "comes on top)",
+    )
     parser.add_argument("--bisect", action="store_true", help="if bits differ, find the regions that make them")
     parser.add_argument("--retries", type=_count, default=3, help="runs in which a difference may show (default 3)")
     parser.add_argument("--rounds", type=_several, default=9, help="timing rounds (GPU; default 9)")

@@ -21,7 +21,7 @@ from .bench.lab import repeatable_attention
 from .bisect import Regions, Unsteady, find_causes
 from .checkpoint import Checkpoint, Prompt, encode, load, random_prompts, read_prompts
 from .runtime.errors import InputError, SettingsError
-from .runtime.settings import SETTINGS
+from .runtime.settings import SETTINGS, parse_overlap
 from .side_by_side import Capture, Comparison, Group, Step, Workbench, capture_step, compare, decoding_rate
 
 _ROUND_UP = 64
@@ -44,6 +44,7 @@ class Verdict:
 def run_model(options: argparse.Namespace, capture: Capture = capture_step) -> int:
     """Load, compile twice, compare, print. Returns the exit code. `capture`: how a step becomes a graph."""
     _refuse_settings()
+    rules = (*parse_overlap(options.overlap, "--overlap"), *SETTINGS.overlap)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = device.type == "cuda"
     if gpu and not torch.cuda.is_available():
@@ -63,8 +64,10 @@ def run_model(options: argparse.Namespace, capture: Capture = capture_step) -> i
         flush=True,
     )
     with repeatable_attention():
-        bench = Workbench(checkpoint.model, options.batch, context, capture)
+        bench = Workbench(checkpoint.model, options.batch, context, rules, capture)
         print(f"fused: {bench.fused}\nregions: {len(bench.regions)}{_some(bench.regions)}", flush=True)
+        for glob in bench.unmatched:
+            print(f"the overlap rule {glob!r} matches no branch; there are {_listed(bench.branches)}", flush=True)
         serial, overlapped = bench.step((), "serial"), bench.step(bench.regions, "overlapped")
         groups = [
             Group([prompt.ids for prompt in batch], options.tokens, device)
@@ -87,7 +90,7 @@ def run_model(options: argparse.Namespace, capture: Capture = capture_step) -> i
         if not verdict.equal and options.bisect:
             worst = next(i for i, found in enumerate(verdict.comparisons) if not found.equal)
             verdict = _bisect(verdict, bench, serial, groups[worst], options.retries)
-    print(_conclusion(verdict, options.bisect))
+    print(_conclusion(verdict, options.bisect, bench))
     if options.json:
         _write(options, checkpoint, prompts, tokenizer, context, bench, (serial, overlapped), rates, verdict)
     return 0 if verdict.equal and verdict.proved else 1
@@ -169,6 +172,10 @@ def _some(regions: Sequence[str]) -> str:
     return f": {', '.join(names)}" if regions else ""
 
 
+def _listed(branches: Sequence[str]) -> str:
+    return ", ".join(branches) or "none"
+
+
 def _print_steps(serial: Step, overlapped: Step, rates: dict[str, Figure]) -> None:
     print(f"\n{'step':12}{'regions':>8}  {'tokens/s':28}proved")
     for name, step in (("serial", serial), ("overlapped", overlapped)):
@@ -177,6 +184,7 @@ def _print_steps(serial: Step, overlapped: Step, rates: dict[str, Figure]) -> No
         print(f"{name:12}{len(step.regions):>8}  {rate:28}{report.verdict}: {report.size}")
     if rates:
         print(f"overlapped / serial: {rates['overlapped'].median / rates['serial'].median:.3f}")
+        print("these regions were asked for; `compile` measures which pay, and keeps those (its `choice`)")
     else:
         print("no tokens per second: on the simulated machine timing means nothing")
     for name, step in (("serial", serial), ("overlapped", overlapped)):
@@ -204,8 +212,10 @@ def _print_comparison(verdict: Verdict, batch: int, bench: Workbench) -> None:
             print(f"  batch {number + 1}: caches {', '.join(found.caches[:4])}{' ...' * (len(found.caches) > 4)}")
 
 
-def _conclusion(verdict: Verdict, bisected: bool) -> str:
+def _conclusion(verdict: Verdict, bisected: bool, bench: Workbench) -> str:
     if verdict.equal:
+        if verdict.proved and not bench.regions:
+            return f"NOTHING OVERLAPS: both steps are one stream. Branches for --overlap: {_listed(bench.branches)}"
         if verdict.proved:
             return "EQUAL: overlapped gives the bits of one stream"
         return "NOT PROVED: the bits were the same in these runs, and the graph does not make sure of that"
@@ -232,6 +242,8 @@ def _write(
         "context": context,
         "seed": options.seed,
         "fused": bench.fused,
+        "overlap": options.overlap,
+        "branches": list(bench.branches),
         "regions": list(bench.regions),
         "steps": {
             name: {
@@ -255,6 +267,6 @@ def _write(
         "equal": verdict.equal,
         "proved": verdict.proved,
         "guilty": [list(cause) for cause in verdict.causes],
-        "conclusion": _conclusion(verdict, options.bisect),
+        "conclusion": _conclusion(verdict, options.bisect, bench),
     }
     options.json.write_text(json.dumps(document, indent=2) + "\n")

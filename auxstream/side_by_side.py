@@ -1,8 +1,8 @@
 """One decode step captured with and without regions, and the same prompts through both.
 
 Enters: a model, and prompts as ids. Leaves: `Step`s with any choice of regions, and what differs between two of them,
-bit for bit. Invariant: all steps are one traced graph over the same weights, fused once, before regions are laid: they
-run the same kernels, so equal bits are the right thing to ask for.
+bit for bit. Invariant: all steps are one traced graph over the same weights, given its kernels once, before regions are
+laid: they run the same kernels, so equal bits are the right thing to ask for.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from torch.fx import GraphModule
 from .bench.harness import device_time
 from .capture.compiler import warm_up_and_capture
 from .capture.huggingface import DecodeStep
-from .capture.mark import mark_multi_stream_moe_shared_experts
+from .capture.laying import Laying
+from .capture.options import Options
+from .capture.policy import ruled, unmatched, unmeasured
 from .capture.proof import Report
+from .capture.proposals import propose
 from .capture.schedule import insert_regions
 from .capture.state import bits
 from .capture.trace import trace
-from .kernels import fuse_elementwise
 from .kernels.derive import copy_of
-from .kernels.launch import compile_ahead
+from .kernels.safety import refuse_unknown_regions
 from .runtime.errors import AuxstreamWarning
+from .runtime.settings import OverlapRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +83,38 @@ class Step:
 
 
 class Workbench:
-    """One model's decode step, from which captured ones are made.
+    """One model's decode step, from which captured ones are made. `rules`: which branches get regions, as
+    `Options.overlap` says it; left to them, shared experts.
 
     Attributes:
-        regions: names of the marked branches, in the order of the model.
+        regions: names of the regions, in the order of the model.
+        branches: kinds of branches that could have some.
+        unmatched: globs of rules that no branch has.
         states: names of the caches.
         fused: what was fused.
     """
 
-    def __init__(self, model: nn.Module, batch: int, context: int, capture: Capture = capture_step) -> None:
+    def __init__(
+        self, model: nn.Module, batch: int, context: int, rules: OverlapRules = (), capture: Capture = capture_step
+    ) -> None:
         self._capture = capture
         device = next(model.parameters()).device
         self.batch = batch
         ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._inputs = ids, torch.zeros(batch, dtype=torch.int64, device=device)
         traced = trace(DecodeStep(model, batch, context), self._inputs)
-        self._module = traced.graph_module
         self.states = traced.mutated_buffers
-        self.regions = tuple(region.name for region in mark_multi_stream_moe_shared_experts(self._module))
-        report = fuse_elementwise(self._module, trial=False)
-        compile_ahead(report.fusions)
-        self.fused = report.summary
+        laying = Laying(traced, Options().in_force(), device.type == "cuda", {})
+        proposals = propose(laying.graph)
+        self.branches = tuple(dict.fromkeys(proposal.kind for proposal in proposals))
+        self.unmatched = tuple(unmatched(proposals, rules))
+        refuse_unknown_regions(region.name for proposal in proposals for region in proposal.regions)
+        plan = unmeasured(*ruled(proposals, rules)).plan
+        self._module, report = laying.marked(plan, trial=False)
+        place = {node.name: number for number, node in enumerate(laying.graph.graph.nodes)}
+        regions = sorted(plan.regions, key=lambda region: min(place[name] for name in region.nodes))
+        self.regions = tuple(region.name for region in regions)
+        self.fused = "nothing" if report is None else report.summary
 
     def step(self, regions: Sequence[str], name: str) -> Step:
         """The step with these regions on lanes, and everything else on one stream."""

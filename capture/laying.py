@@ -82,14 +82,19 @@ class Laying:
 
     def lay(self, plan: Plan, trial: bool) -> Laid:
         """A graph with these regions. Raises RegionError where they cannot be laid together."""
+        module, report = self.marked(plan, trial)
+        regions = insert_regions(module, handoff=self._options.handoff, order=plan.order)
+        return Laid(module, report, regions)
+
+    def marked(self, plan: Plan, trial: bool) -> tuple[GraphModule, FusionReport | None]:
+        """The same graph before regions are inserted: with all kernels, and the marks of these regions."""
         bare = [region for region in plan.regions if region.bare]
         fused, report = self._base(tuple(region for region in plan.regions if not region.bare), trial)
         module = copy_of(fused)
         mark(module, bare)
         if self._wanted(self._options.product_kernels):
             choose_products(module)
-        regions = insert_regions(module, handoff=self._options.handoff, order=plan.order)
-        return Laid(module, report, regions)
+        return module, report
 
     def _base(self, regions: tuple[Region, ...], trial: bool) -> tuple[GraphModule, FusionReport | None]:
         if (regions, trial) not in self._fused:

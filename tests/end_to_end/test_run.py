@@ -130,6 +130,23 @@ def test_the_text_model_of_a_checkpoint_that_sees_too(tmp_path: Path, figures: P
     assert json.loads(figures.read_text())["model"]["class"] == "Gemma4ForCausalLM"
 
 
+def test_rules_say_which_branches_are_on_lanes(
+    figures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("auxstream.capture.proposals._LEAST_BYTES", 1)
+    rules = "*=off,layers.1.shared=on,*.k_proj=on,layers.7.*=on"
+    assert main([*TINY, "--overlap", rules, "--json", str(figures)]) == 0
+    written = json.loads(figures.read_text())
+    assert written["regions"] == ["layers.0.self_attn.k_proj", "layers.1.self_attn.k_proj", "layers.1.shared"]
+    assert set(written["branches"]) >= {"layers.*.shared", "layers.*.self_attn.k_proj"}
+    assert "the overlap rule 'layers.7.*' matches no branch; there are layers.*.shared" in capsys.readouterr().out
+    assert main([*TINY, "--overlap", "*=off"]) == 0
+    end = capsys.readouterr().out.splitlines()[-1]
+    assert end.startswith("NOTHING OVERLAPS: both steps are one stream. Branches for --overlap: layers.*.shared, ")
+    assert main([*TINY, "--overlap", "shared=maybe"]) == 2
+    assert "malformed --overlap" in capsys.readouterr().err
+
+
 # --- different --------------------------------------------------------------------------------------------------------
 
 
