@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.node import has_side_effect
 
+from ..kernels.on_device import on_its_device
 from ..runtime.handoff_ops import region_enter, region_fork
 
 
@@ -38,7 +39,11 @@ def _spin_kernel() -> Any:
 def delay(nanoseconds: Tensor, slot: int) -> None:
     """Hold the current stream for `nanoseconds[slot]` (int64, at most 1e9 is sensible) of device time."""
     if nanoseconds.is_cuda:
-        _spin_kernel()[(1,)](nanoseconds, slot, num_warps=1)
+        on_its_device(_spin)(nanoseconds, slot)
+
+
+def _spin(nanoseconds: Tensor, slot: int) -> None:
+    _spin_kernel()[(1,)](nanoseconds, slot, num_warps=1)
 
 
 @delay.register_fake

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..runtime.errors import CaptureError, InputError
 from .ahead import make_ready
 from .attention_plan import Plan, Sizes, plan
+from .on_device import on_its_device
 from .variants import next_power_of_two
 
 _FLOATS: Final = (torch.bfloat16, torch.float16, torch.float32)
@@ -298,7 +299,7 @@ def decode_attention() -> Any:
     """The op `auxstream::decode_attention`, as its schema says."""
     library = _library()
     library.define(_SCHEMA)
-    library.impl("decode_attention", functools.partial(_on_cuda, Attention()), "CUDA")
+    library.impl("decode_attention", on_its_device(functools.partial(_on_cuda, Attention())), "CUDA")
     library.impl("decode_attention", _on_cpu, "CPU")
     torch.library.register_fake("auxstream::decode_attention", _fake, lib=library)
     return torch.ops.auxstream.decode_attention.default

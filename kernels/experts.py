@@ -22,6 +22,7 @@ from torch import Tensor
 from ..runtime.errors import InputError
 from .experts_reference import reference
 from .experts_work import Activation, Work, refused, require
+from .on_device import on_its_device
 
 if TYPE_CHECKING:
     from .experts_plan import Experts
@@ -97,7 +98,7 @@ def moe_experts() -> Any:
     """The op `auxstream::moe_experts`, as its schema says."""
     library = _library()
     library.define(_SCHEMA)
-    library.impl("moe_experts", _on_cuda, "CUDA")
+    library.impl("moe_experts", on_its_device(_on_cuda), "CUDA")
     library.impl("moe_experts", _on_cpu, "CPU")
     torch.library.register_fake("auxstream::moe_experts", _fake, lib=library)
     return torch.ops.auxstream.moe_experts.default

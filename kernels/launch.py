@@ -22,6 +22,7 @@ from ..runtime.errors import CaptureError
 from . import mlir, store
 from .ahead import make_ready
 from .geometry import Access, Layout
+from .on_device import on_its_device
 from .reference import evaluate
 from .spec import KernelSpec, Operand
 from .triton_source import Form, columns, has_reductions, triton_source
@@ -93,7 +94,7 @@ def operator(spec: KernelSpec) -> Any:
 def _registered(spec: KernelSpec) -> Any:
     library, kernel = _library(), kernel_of(spec)
     library.define(f"{spec.name}(Tensor[] inputs, SymInt[] sizes) -> Tensor[]")
-    library.impl(spec.name, kernel, "CUDA")
+    library.impl(spec.name, on_its_device(kernel), "CUDA")
     library.impl(spec.name, kernel if interpreting() else kernel.reference, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{spec.name}", kernel.fake, lib=library)
     return getattr(getattr(torch.ops, NAMESPACE), spec.name).default

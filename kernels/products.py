@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..runtime.errors import AuxstreamError
 from .launch import interpreting
+from .on_device import on_its_device
 from .products_work import Work, reference, refusal
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _library() -> torch.library.Library:
     library = torch.library.Library("auxstream", "FRAGMENT")
     for (name, schema), form in zip(_SCHEMAS.items(), (_linear, _gated), strict=True):
         library.define(name + schema)
-        library.impl(name, form(_kernels), "CUDA")
+        library.impl(name, on_its_device(form(_kernels)), "CUDA")
         library.impl(name, form(_on_cpu), "CPU")
         torch.library.register_fake(f"auxstream::{name}", form(_nothing), lib=library)
     return library

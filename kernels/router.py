@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..runtime.errors import AuxstreamError, CaptureError
+from .on_device import on_its_device
 from .router_plan import Operands, Plan, plan
 from .variants import next_power_of_two
 
@@ -332,7 +333,7 @@ def moe_router() -> Any:
     """The op `auxstream::moe_router`: five tensors, then the fields of `Rules` in their order."""
     library = _library()
     library.define(_SCHEMA)
-    library.impl("moe_router", _by_rules(Router()), "CUDA")
+    library.impl("moe_router", on_its_device(_by_rules(Router())), "CUDA")
     library.impl("moe_router", _by_rules(reference), "CPU")
     torch.library.register_fake("auxstream::moe_router", _by_rules(fake), lib=library)
     return torch.ops.auxstream.moe_router.default
