@@ -83,6 +83,14 @@ class CompiledModel:
         return self._calls
 
     @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The graph's own memory for inputs, as `(args, kwargs)`; of several buckets or phases, the largest's decode
+        step. A call that is passed these very tensors copies nothing in: write to them in place (on the stream of the
+        calls, or behind `wait`), then call `model(*args, **kwargs)`."""
+        static = self._calls.static
+        return static.args, dict(static.kwargs)
+
+    @property
     def report(self) -> Report:
         """What was proved about the graph."""
         return self.graph.report

@@ -124,6 +124,7 @@ class Calls:
         self._names = traced.input_names
         self._arguments = Arguments(static.leaves, static.spec, self._names)
         self.written = tuple(p for p, name in enumerate(self._names) if name in traced.mutated_inputs)
+        self._inputs = frozenset(map(storage_of, static.tensors()))
         self._written_storages = frozenset(storage_of(tensor) for tensor in traced.written_tensors())
         module: nn.Module = traced.graph_module
         models = [*module.parameters(), *module.buffers()]
@@ -145,8 +146,8 @@ class Calls:
         if self.written or self._written_storages:
             self._refuse_shared(given)
         plan = self._plan(rows)
-        for positions, places in plan.copied:
-            torch._foreach_copy_(places, [given[position] for position in positions])
+        for places, values in [*self._to_copy(plan, given)]:  # all are looked at before one is copied
+            torch._foreach_copy_(places, values)
         for position, dim, indices, place in plan.repeated:
             torch.index_select(given[position], dim, indices, out=place)
         for place, value in plan.filled:
@@ -159,6 +160,29 @@ class Calls:
         for position, place in plan.back:
             given[position].copy_(place)
         return self._outputs.hand_out(plan.leaves, plan.lying, given)
+
+    def _to_copy(self, plan: _Plan, given: Sequence[Any]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Places and values, but for groups that are in their places already."""
+        for positions, places in plan.copied:
+            values = [given[position] for position in positions]
+            moved = [value is not place for value, place in zip(values, places, strict=True)]
+            if not any(moved):
+                continue
+            for position, elsewhere in zip(positions, moved, strict=True):
+                if elsewhere:
+                    self._refuse_misplaced(position, given)
+            yield places, values
+        for position, *_ in plan.repeated:
+            self._refuse_misplaced(position, given)
+
+    def _refuse_misplaced(self, position: int, given: Sequence[Any]) -> None:
+        if storage_of(given[position]) in self._inputs:
+            raise InputError(
+                f"input {self._names[position]!r} lies in the graph's own inputs, and not in its place there",
+                expected="a tensor of `inputs` as that very input, in a call of all its rows; or memory of one's own",
+                came="a view of one, or another one: copying in would overwrite what is still to be read",
+                remedy="pass a clone()",
+            )
 
     def _plan(self, rows: int | None) -> _Plan:
         plan = self._plans.get(rows)

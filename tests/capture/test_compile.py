@@ -303,3 +303,45 @@ def test_each_warm_up_run_starts_from_the_same_state() -> None:
     out = fast(torch.full((1, 4), 2.0, device="cuda"))
     assert out[7].tolist() == [4.0] * 4
     assert model.position.item() == 8
+
+
+class Sums(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        self.seen.add_(x[0])
+        return x * 2 + y + mask
+
+
+def test_calls_with_the_graphs_own_inputs_copy_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Sums()
+    x, y, mask = torch.ones(3, 4), torch.ones(3, 4), torch.ones(4, dtype=torch.int64)
+    fast = auxstream.compile(model, (x, y, mask))
+    (own_x, own_y, own_mask), keywords = fast.inputs
+    assert not keywords
+    own_x.fill_(5)
+    own_y.copy_(torch.arange(12.0).reshape(3, 4))
+    own_mask.fill_(7)
+    copied: list[int] = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *groups: (copied.append(len(groups[0])), copy(*groups)))
+    assert torch.equal(fast(own_x, own_y, own_mask), 10 + own_y + 7)
+    assert copied == []
+    assert torch.equal(fast(own_x, y, own_mask), torch.full((3, 4), 18.0))
+    assert copied == [2], "x goes onto itself, with y, by one kernel"
+    assert torch.equal(model.seen, torch.full((4,), 10.0))
+
+
+def test_the_graphs_own_inputs_in_other_places_are_refused() -> None:
+    model = Sums()
+    fast = auxstream.compile(model, (torch.ones(3, 4), torch.ones(3, 4), torch.ones(4, dtype=torch.int64)))
+    (x, y, mask), _ = fast.inputs
+    y.fill_(2)
+    for given in ((y, x, mask), (x, x, mask), (torch.ones(3, 4), y.view(3, 4), mask)):
+        with pytest.raises(InputError, match="not in its place"):
+            fast(*given)
+    assert torch.equal(x, torch.ones(3, 4)), "nothing was copied"
+    assert torch.equal(y, torch.full((3, 4), 2.0))
+    assert not model.seen.any(), "nothing ran"
