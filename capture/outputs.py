@@ -62,6 +62,7 @@ class Outputs:
         models_own = set(map(id, models))
         copied_ones = {i for group in self._copied for i in group}
         self._renamed = tuple(i for i in own if i not in copied_ones and id(self.leaves[i]) not in models_own)
+        self._plain = self._alone and self._renamed == (0,)
 
     def of_rows(self, dims: Dims, rows: int) -> list[Any]:
         """The leaves, cut to so many rows."""
@@ -80,6 +81,8 @@ class Outputs:
 
     def hand_out(self, leaves: Sequence[Any], lying: Sequence[tuple[int, int, Give]], given: Sequence[Any]) -> Any:
         """The outputs of one call: `leaves` and `lying` as of its number of rows, `given` its inputs."""
+        if self._plain:  # one tensor of the graph's own: the usual step
+            return leaves[0].detach()
         made = list(leaves)
         for i in self._renamed:
             made[i] = made[i].detach()
