@@ -299,60 +299,68 @@ def copied(gm: GraphModule) -> GraphModule:
     return GraphModule(gm, copy.deepcopy(gm.graph))
 
 
-def matrices(gm: GraphModule, nodes: tuple[Node, ...]) -> set[str]:
-    """The parameters of two dimensions or more that `nodes` consume, by name; followed through casts and the like."""
-    constant = set[Node]()
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            known = isinstance(attrgetter(str(node.target))(gm), nn.Parameter)
-        else:
-            inputs = node.all_input_nodes
-            known = node.op == "call_function" and bool(inputs) and constant.issuperset(inputs)
-        if known:
-            constant.add(node)
-    found, seen = set[str](), set(nodes)
-    pending = [argument for node in nodes for argument in node.all_input_nodes]
-    while pending:
-        node = pending.pop()
-        if node in constant and node not in seen:
-            seen.add(node)
-            pending += node.all_input_nodes
-            if node.op == "get_attr" and node.meta["val"].dim() > 1:
-                found.add(str(node.target))
-    return found
+class Matrices:
+    """What the nodes of a graph multiply by. Of the graph as it is: made anew once it has changed."""
 
+    def __init__(self, gm: GraphModule) -> None:
+        self.constant = set[Node]()
+        """Parameters, and what is computed from them alone."""
+        for node in gm.graph.nodes:
+            if node.op == "get_attr":
+                known = isinstance(attrgetter(str(node.target))(gm), nn.Parameter)
+            else:
+                inputs = node.all_input_nodes
+                known = node.op == "call_function" and bool(inputs) and self.constant.issuperset(inputs)
+            if known:
+                self.constant.add(node)
+        self.everything = [name for name, p in gm.named_parameters(remove_duplicate=False) if p.dim() > 1]
+        self._parts = dict[frozenset[str], frozenset[str]]()
 
-def parts(gm: GraphModule, names: set[str]) -> set[str]:
-    """Modules that together have exactly the matrices `names`, as few as can be."""
-    everything = [name for name, p in gm.named_parameters(remove_duplicate=False) if p.dim() > 1]
-    found = set[str]()
-    for name in names:
+    def of(self, nodes: Iterable[Node]) -> frozenset[str]:
+        """The parameters of two dimensions or more that `nodes` consume, by name; followed through casts and such."""
+        nodes = tuple(nodes)
+        found, seen = set[str](), set(nodes)
+        pending = [argument for node in nodes for argument in node.all_input_nodes]
+        while pending:
+            node = pending.pop()
+            if node in self.constant and node not in seen:
+                seen.add(node)
+                pending += node.all_input_nodes
+                if node.op == "get_attr" and node.meta["val"].dim() > 1:
+                    found.add(str(node.target))
+        return frozenset(found)
+
+    def parts(self, names: frozenset[str]) -> frozenset[str]:
+        """Modules that together have exactly the matrices `names`, as few as can be."""
+        if names not in self._parts:
+            self._parts[names] = frozenset(filter(None, (self._largest(name, names) for name in names)))
+        return self._parts[names]
+
+    def _largest(self, name: str, within: frozenset[str]) -> str | None:
         path = name.removesuffix(".weight").split(".")
         for length in range(1, len(path) + 1):
             prefix = ".".join(path[:length])
-            own = {other for other in everything if other == prefix or other.startswith(prefix + ".")}
-            if own and own <= names:
-                found.add(prefix)
-                break
-    return found
+            own = {other for other in self.everything if other == prefix or other.startswith(prefix + ".")}
+            if own and own <= within:
+                return prefix
+        return None
+
+    def described(self, sides: Iterable[Iterable[Node]]) -> str | None:
+        """Two branches as a line of the tables, normalised; None where one of them has no matrix."""
+        named = [self.parts(self.of(side)) for side in sides]
+        if not all(named):
+            return None
+        paths = [name.split(".") for side in named for name in side]
+        common = 0
+        while len({tuple(path[: common + 1]) for path in paths}) == 1 and all(len(path) > common + 1 for path in paths):
+            common += 1
+        shared = paths[0][:common]
+        where = ".".join(shared[shared.index("layers") :] if "layers" in shared else shared)
+        return _line(where, frozenset(frozenset(".".join(n.split(".")[common:]) for n in side) for side in named))
 
 
 def _line(where: str, sides: frozenset[frozenset[str]]) -> str:
     return f"{where}: {' | '.join(sorted(' + '.join(sorted(side)) for side in sides))}"
-
-
-def described(gm: GraphModule, sides: Iterable[tuple[Node, ...]]) -> str | None:
-    """Two branches as a line of the tables, normalised; None where one of them has no matrix."""
-    named = [parts(gm, matrices(gm, side)) for side in sides]
-    if not all(named):
-        return None
-    paths = [name.split(".") for side in named for name in side]
-    common = 0
-    while len({tuple(path[: common + 1]) for path in paths}) == 1 and all(len(path) > common + 1 for path in paths):
-        common += 1
-    shared = paths[0][:common]
-    where = ".".join(shared[shared.index("layers") :] if "layers" in shared else shared)
-    return _line(where, frozenset(frozenset(".".join(n.split(".")[common:]) for n in side) for side in named))
 
 
 def expected(table: str) -> list[str]:

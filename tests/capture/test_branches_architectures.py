@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from auxstream.capture.mark import MarkedRegion, mark_multi_stream_moe_shared_ex
 from auxstream.capture.schedule import insert_regions
 
 pytest.importorskip("transformers")
-from architectures import ARCHITECTURES, BATCH, copied, described, expected, matrices, traced
+from architectures import ARCHITECTURES, BATCH, Matrices, copied, expected, traced
 
 from auxstream.capture.huggingface import DecodeStep
 
@@ -28,13 +29,20 @@ every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def described_pairs(gm: GraphModule) -> Iterator[tuple[str, BranchPair]]:
+    matrices = Matrices(gm)
     for pair in find_branches(gm):
-        if (text := described(gm, pair.sides)) is not None:
+        if (text := matrices.described(pair.sides)) is not None:
             yield text, pair
 
 
 def found(gm: GraphModule) -> list[str]:
     return sorted(text for text, _ in described_pairs(gm))
+
+
+@functools.cache
+def pairs_of(name: str) -> tuple[tuple[str, BranchPair], ...]:
+    """Of the graph that nobody changes."""
+    return tuple(described_pairs(traced(name)[1]))
 
 
 @every_architecture
@@ -91,19 +99,26 @@ def is_written(node: Node, by: set[Node]) -> bool:
 # --- negative controls: an edge between the sides, and the pair is gone -----------------------------------------------
 
 
-def ends(gm: GraphModule, pair: BranchPair) -> tuple[Node, Node]:
+Sides = Sequence[Sequence[Node]]
+
+
+def ends(matrices: Matrices, sides: Sides) -> tuple[Node, Node]:
     """The first product of the two sides, and the last one of the other side: an edge can be laid between them."""
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    products = [[node for node in side if matrices(gm, (node,))] for side in pair.sides]
+    order = {node: i for i, node in enumerate(sides[0][0].graph.nodes)}
+    products = [[node for node in side if matrices.of((node,))] for side in sides]
     early, late = sorted(products, key=lambda nodes: order[nodes[0]])
     return early[0], late[-1]
 
 
-def plant(gm: GraphModule, pair: BranchPair, how: str) -> None:
-    """Let a product of one side wait for one of the other side: through a value, or through memory that one writes."""
-    early, late = ends(gm, pair)
+def planted(original: GraphModule, pair: BranchPair, how: str) -> GraphModule:
+    """A copy in which a product of one side waits for one of the other side: through a value, or through memory that
+    one writes."""
+    gm = copied(original)
+    named = {node.name: node for node in gm.graph.nodes}
+    matrices = Matrices(gm)
+    early, late = ends(matrices, [[named[node.name] for node in side] for side in pair.sides])
     graph = gm.graph
-    argument = next(a for a in late.all_input_nodes if not matrices(gm, (a,)) and a.op != "get_attr")
+    argument = next(a for a in late.all_input_nodes if not matrices.of((a,)) and a.op != "get_attr")
     value: Tensor = argument.meta["val"]
 
     def call(op: OpOverload, *args: Node, val: Tensor) -> Node:
@@ -118,36 +133,34 @@ def plant(gm: GraphModule, pair: BranchPair, how: str) -> None:
         return node
 
     with graph.inserting_after(early):
-        planted = call(torch.ops.aten.sum.default, early, val=value.new_zeros(()))
+        signal = call(torch.ops.aten.sum.default, early, val=value.new_zeros(()))
     if how != "dependency":
         with graph.inserting_before(next(iter(graph.nodes))):
             written, read = memory("planted"), memory("other")
-        with graph.inserting_after(planted):
-            call(torch.ops.aten.copy_.default, written, planted, val=written.meta["val"])
-        planted = written if how == "mutation" else read
+        with graph.inserting_after(signal):
+            call(torch.ops.aten.copy_.default, written, signal, val=written.meta["val"])
+        signal = written if how == "mutation" else read
     with graph.inserting_before(late):
-        late.replace_input_with(argument, call(torch.ops.aten.add.Tensor, argument, planted, val=value))
+        late.replace_input_with(argument, call(torch.ops.aten.add.Tensor, argument, signal, val=value))
     graph.lint()
+    return gm
 
 
 @every_architecture
 @pytest.mark.parametrize("how", ["dependency", "mutation"])
 def test_an_edge_between_the_sides_removes_the_pair(name: str, how: str) -> None:
-    lines = Counter(found(traced(name)[1]))
-    for number, text in enumerate(text for text, _ in described_pairs(traced(name)[1])):
-        gm = copied(traced(name)[1])
-        plant(gm, list(described_pairs(gm))[number][1], how)
-        assert Counter(found(gm))[text] == lines[text] - 1, f"{text}: still there in spite of a {how}"
+    lines = Counter(text for text, _ in pairs_of(name))
+    for text, pair in pairs_of(name):
+        left = Counter(found(planted(traced(name)[1], pair, how)))
+        assert left[text] == lines[text] - 1, f"{text}: still there in spite of a {how}"
 
 
 @every_architecture
 def test_a_write_that_the_other_side_does_not_read_removes_nothing(name: str) -> None:
     """The twin: the same nodes, over another buffer."""
-    lines = found(traced(name)[1])
-    for number in range(len(lines)):
-        gm = copied(traced(name)[1])
-        plant(gm, list(described_pairs(gm))[number][1], "elsewhere")
-        assert found(gm) == lines
+    lines = sorted(text for text, _ in pairs_of(name))
+    for _, pair in pairs_of(name):
+        assert found(planted(traced(name)[1], pair, "elsewhere")) == lines
 
 
 # --- the marker -------------------------------------------------------------------------------------------------------
@@ -158,12 +171,12 @@ def test_the_marker_finds_the_shared_experts_of_the_table_and_nothing_else(name:
     architecture, gm = ARCHITECTURES[name], copied(traced(name)[1])
     regions = mark_multi_stream_moe_shared_experts(gm)
     assert [region.name for region in regions] == [f"layers.{layer}.shared" for layer in architecture.shared]
-    lines = set(expected(architecture.pairs))
+    lines, matrices = set(expected(architecture.pairs)), Matrices(gm)
     for region, layer in zip(regions, architecture.shared, strict=True):
-        text = described(gm, (region.nodes, region.routed))
+        text = matrices.described((region.nodes, region.routed))
         assert text in lines
         assert f"layers.{layer}" in str(text)
-        assert "shared" in str(described(gm, (region.nodes, region.nodes))) or name == "gemma4"
+        assert "shared" in str(matrices.described((region.nodes, region.nodes))) or name == "gemma4"
     marked = {node for node in gm.graph.nodes if "auxstream" in node.meta or "skip_mlir_fusion" in node.meta}
     assert marked == {node for region in regions for node in region.nodes}
 
@@ -226,7 +239,7 @@ def test_a_side_of_every_pair_can_run_beside_the_rest(name: str) -> None:
     step, original = traced(name)
     with torch.no_grad():
         eager = steps(step, step)
-        pairs = [pair for _, pair in described_pairs(original)]
+        pairs = [pair for _, pair in pairs_of(name)]
         sides = [pair.sides[side] for pair, side in zip(pairs, itertools.cycle((0, 1)), strict=False)]
         for batch in batches(sides):
             gm = copied(original)
