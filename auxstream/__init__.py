@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import errors as errors
     from .capture import CapturedGraph, CompiledModel, Options, Report, compile, graph
     from .runtime import AuxstreamError, AuxstreamWarning, Region, aux_region, fork, parallel
 

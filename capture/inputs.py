@@ -147,7 +147,7 @@ class Calls:
             self._refuse_shared(given)
         plan = self._plan(rows)
         for places, values in [*self._to_copy(plan, given)]:  # all are looked at before one is copied
-            torch._foreach_copy_(places, values)
+            torch._foreach_copy_(places, values)  # pyright: ignore[reportPrivateImportUsage]
         for position, dim, indices, place in plan.repeated:
             torch.index_select(given[position], dim, indices, out=place)
         for place, value in plan.filled:
