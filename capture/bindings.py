@@ -2,13 +2,14 @@
 
 Enters: a module, and the storages its graphs read and write. Leaves: nothing, or, before a call, a `CaptureError` that
 names a tensor which lies elsewhere by now: the graphs would go on with the old one. Values written in place need no
-check: graphs read them as they are.
+check: graphs read them as they are. A tensor that is a plain attribute of a module counts too, if graphs read it.
 
 Note "when a replaced tensor is noticed". Whatever goes through the module's own interface (an attribute set,
 `register_*`, `load_state_dict(assign=True)`, a submodule replaced) is noticed at the next call: torch tells of each
 registration, and then all tensors are looked at. What goes past it (`weight.data = other`, `.to(...)`, a write to
-`module._parameters`) leaves no trace that could be asked for at once, so each call looks at the addresses of `AT_ONCE`
-tensors, in turn: all of them in a model that has no more, else all within a few calls. `check` looks at all.
+`module._parameters`, an attribute that is no parameter or buffer) leaves no trace that could be asked for at once, so
+each call looks at the addresses of `AT_ONCE` tensors, in turn: all of them in a model that has no more, else all within
+a few calls. `check` looks at all.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Bindings:
         self._modules = frozenset(id(module) for module in model.modules())
         self._found: dict[str, tuple[dict[str, Any], str]] = {}
         self._addresses: dict[str, int] = {}
-        for name, table, key, tensor in _tensors(model):
+        for name, table, key, tensor in _tensors(model, plain=storages is not None):
             if storages is None or tensor.untyped_storage()._cdata in storages:
                 self._found[name] = table, key
                 self._addresses[name] = _address(tensor)
@@ -91,12 +92,13 @@ class Bindings:
             self._in_doubt = True
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
-    """Parameters and buffers, under each of their names: the name, the table that has it, its key there, the tensor."""
+def _tensors(model: nn.Module, plain: bool = True) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
+    """Parameters, buffers and, if so told, `plain` attributes, under each of their names: the name, the table that has
+    it, its key there, the tensor."""
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for table in (module._parameters, module._buffers):
+        for table in (module._parameters, module._buffers, *((vars(module),) if plain else ())):
             for key, tensor in table.items():
-                if tensor is not None and _is_plain(tensor):
+                if isinstance(tensor, Tensor) and _is_plain(tensor):
                     yield f"{prefix}.{key}" if prefix else key, table, key, tensor
 
 

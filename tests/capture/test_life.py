@@ -188,6 +188,36 @@ def test_a_replaced_tensor_is_named_and_recapture_takes_it(change: Change, optio
     assert_equal(fast, model, x)
 
 
+class Attributes(nn.Module):
+    """Tensors that are neither parameters nor buffers: one it reads, one it sets at every eager call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.shift = torch.rand(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x * 2
+        return self.linear(x) + self.shift
+
+
+@pytest.mark.parametrize("options", [{}, {"buckets": (1, 4)}, {"mode": "none"}], ids=["one", "buckets", "none"])
+def test_plain_attributes_too_where_graphs_read_them(options: Any, x: Tensor) -> None:
+    model = Attributes()
+    fast = auxstream.compile(model, x, auxstream.Options(**options))
+    model.shift.fill_(2)
+    assert_equal(fast, model, x)
+    fast.eager(x)
+    assert_equal(fast, model, x)
+    model.shift = torch.rand(8)
+    if options == {"mode": "none"}:
+        return  # nobody can tell there which of them are read
+    with pytest.raises(CaptureError, match="'shift'"):
+        fast(x)
+    fast.recapture()
+    assert_equal(fast, model, x)
+
+
 def leave_out(model: Model) -> None:
     model.unused.weight = nn.Parameter(torch.zeros(2, 2))
 
