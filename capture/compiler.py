@@ -186,8 +186,10 @@ class _Pipeline:
         key = key_of(laying.graph, proposals, rest)
         choice = remembered(key, demanded, left)
         if choice is None:
-            choice = measured(demanded, left, self._racing(static, traced, laying))
-            remember(key, demanded, choice)
+            racing = self._racing(static, traced, laying)
+            choice = measured(demanded, left, racing)
+            if not racing.starved:
+                remember(key, demanded, choice)
         return choice
 
     def _racing(self, static: StaticInputs, traced: TracedGraph, laying: Laying) -> Racing:

@@ -29,12 +29,14 @@ _MARGIN: Final = 0.003
 
 
 class Racing:
-    """Races plans of one graph. `build` captures a plan; what `mutated` holds is put back after each race."""
+    """Races plans of one graph. `build` captures a plan; what `mutated` holds is put back after each race. `starved`:
+    memory did not suffice for one, which says nothing of another day."""
 
     def __init__(self, build: Callable[[Plan], CapturedGraph], mutated: Sequence[Tensor], device: torch.device) -> None:
         self._build = build
         self._mutated = mutated
         self._device = device
+        self.starved = False
         self._best: tuple[Plan, CapturedGraph] | None = None
 
     def __call__(self, best: Plan, plan: Plan) -> Result | str:
@@ -43,6 +45,7 @@ class Racing:
         try:
             graph = self._build(plan)
         except (AuxstreamError, torch.OutOfMemoryError) as error:
+            self.starved |= isinstance(error, torch.OutOfMemoryError)
             return str(error).partition("\n")[0]
         with preserved(self._mutated, self._device):
             result = race(self._best[1].replay, graph.replay)

@@ -338,6 +338,8 @@ def test_a_race_leaves_what_it_wrote_as_it_was_and_keeps_the_winner(monkeypatch:
     def build(plan: Plan) -> Any:
         if K in plan.parts:
             raise auxstream.AuxstreamError("no such plan")
+        if SHARED_CORE in plan.parts:
+            raise torch.OutOfMemoryError("CUDA out of memory\nTried to allocate")
         built.append(str(plan))
         return Writes()
 
@@ -351,6 +353,9 @@ def test_a_race_leaves_what_it_wrote_as_it_was_and_keeps_the_winner(monkeypatch:
     assert racing(Plan(), Plan((SHARED,))) == Result(2.0, 1.0, won=True)
     assert racing(Plan((SHARED,)), Plan((SHARED, V))) == Result(2.0, 1.0, won=True)
     assert racing(Plan((SHARED, V)), Plan((K,))) == "no such plan"
+    assert not racing.starved
+    assert racing(Plan((SHARED, V)), Plan((SHARED_CORE,))) == "CUDA out of memory"
+    assert racing.starved
     assert cache.eq(0).all()
     assert built == [str(Plan()), str(Plan((SHARED,))), str(Plan((SHARED, V)))]  # the winner is not captured again
 
@@ -390,7 +395,8 @@ def test_a_choice_made_under_other_rules_is_not_taken(
     monkeypatch.setattr(store, "folder", lambda: tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(compiler, "measured", measured_here)
-    monkeypatch.setattr(compiler._Pipeline, "_racing", lambda *given: None)
+    racing = race_module.Racing(lambda plan: pytest.fail("nothing is built"), (), torch.device("cpu"))
+    monkeypatch.setattr(compiler._Pipeline, "_racing", lambda *given: racing)
     static = StaticInputs((torch.randn(4, WIDTH),))
     traced = trace(model, static.args)
 
@@ -403,6 +409,9 @@ def test_a_choice_made_under_other_rules_is_not_taken(
         monkeypatch.setattr(compiler, "SETTINGS", settings)
         assert [source(), source()] == ["measured", "cached"]
     assert len(raced) == 3
+    racing.starved = True
+    monkeypatch.setattr(compiler, "SETTINGS", Settings(overlap=(("layers.0.*", "off"),)))
+    assert [source(), source()] == ["measured", "measured"]
 
 
 def test_a_damaged_file_is_no_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
