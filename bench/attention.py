@@ -256,6 +256,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if options.sweep:
             results[f"{label}: sweep"] = sweep(layer, stack, [seen[0], seen[-1]], flush, pace)
         del stack
+        write(options.json, "attention", results)
     write(options.json, "attention", results)
     return results
 

@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for name, figure in figures.items():
             print(f"  {name:36} {figure}")
         print(f"  ratio {proved / plain:.2f}\n{report}", flush=True)
+        write(options.json, "capture", results)
     write(options.json, "capture", results)
     return results
 

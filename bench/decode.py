@@ -194,9 +194,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             bench.compare()
             bench.time(options.rounds)
         except Exception as error:  # whatever it is, ours stands
-            bench.runs.pop(COMPILED, None)
-            bench.results[COMPILED] = f"{type(error).__name__}: {error}"[:2000]
-            print(f"{COMPILED}: failed, {bench.results[COMPILED][:300]}", flush=True)
+            bench.results["left out"] = f"{COMPILED}: {type(error).__name__}: {error}"[:2000]
+            print(bench.results["left out"][:300], flush=True)
         write(options.json, "decode", bench.results)
     return bench.results
 

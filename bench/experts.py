@@ -149,6 +149,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         results[f"batch {tokens}"] = {
             "experts": batch.experts, "floor us": batch.floor, "errors": batch.errors, **batch.figures,
         }  # fmt: skip
+        write(options.json, "experts", results)
     write(options.json, "experts", results)
     return results
 

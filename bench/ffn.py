@@ -27,6 +27,7 @@ from .command import CommandLine
 from .harness import interleave, write
 from .launches import by_kind
 from .replays import Captured
+from .torch_compile import rival
 
 FUSIONS = ("unfused", "fused on the caller", "fused everywhere")
 
@@ -61,7 +62,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         hidden = torch.randn(batch, 1, 2816, device="cuda", dtype=torch.bfloat16)
         runs = {name: Captured(run, hidden) for name, run in graphs(model, hidden).items()}
         if not options.no_compile:
-            runs["torch.compile, one stream"] = Captured(torch.compile(model, dynamic=False, fullgraph=True), hidden)
+            found = rival(model, (hidden,), "default", options.clock, needs=5, for_others=10)
+            if isinstance(found, str):
+                left_out.append(f"torch.compile, batch {batch}: {found}")
+                print(left_out[-1][:300], flush=True)
+            else:
+                runs["torch.compile, one stream"] = Captured(found[0])
         for run in runs.values():
             run.graph.replay()
         equal = {
@@ -87,6 +93,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             print(f"  {name:34} {per_layer:7.1f}   {counts[0]:5.1f} pointwise of {counts[1]:5.1f} launches", flush=True)
         results[f"batch {batch}: overlapped equals serial"] = equal
         print(f"  overlapped equals serial, bit for bit: {equal}")
+        write(options.json, "ffn", results)
     write(options.json, "ffn", results)
     return results
 

@@ -186,6 +186,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             f"{row['share of differing bits']:.1e} differ",
             flush=True,
         )
+        write(options.json, "fusion", results)
     if ratios:
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         results[f"{TORCH}'s time over ours"] = {"geometric mean": mean, "worst": min(ratios)}

@@ -235,6 +235,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     cost = results["host: auxstream region, read and result recorded"].median - base
     results["handoff over the kernel"] = {"median": cost, "unit": "us"}
     print(f"  handoff on top of the kernel: {cost:.2f} us")
+    write(options.json, "handoff", results)
     print("device time per region inside a graph")
     for name, value in interleave(graph_variants(200), 50, "us").items():
         results[f"graph: {name}"] = value
@@ -245,6 +246,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     results["fork and join in a graph"] = {"median": added, "unit": "us"}
     print(f"  fork and join add to a kernel: {added:.2f} us")
+    write(options.json, "handoff", results)
     print("streams used by a replay of 30 regions, and streams it was captured on (lanes declared, and the caller)")
     results["streams used by a replay"] = counted = replay_streams(30)
     for name, count in counted.items():

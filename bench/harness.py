@@ -6,8 +6,10 @@ Enters: named variants, each a callable that returns one sample. Leaves: `Sample
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import statistics
@@ -47,9 +49,9 @@ def interleave(variants: Mapping[str, Callable[[], float]], rounds: int, unit: s
 
 
 def figure(values: list[float], unit: str) -> Figure:
-    """Summarise samples (at least two)."""
+    """Summarise samples (at least two). Quartiles of two lie outside of them: what was not seen is not said."""
     low, median, high = statistics.quantiles(values, n=4)
-    return Figure(median, low, high, len(values), unit)
+    return Figure(median, max(low, min(values)), min(high, max(values)), len(values), unit)
 
 
 def machine() -> dict[str, str]:
@@ -72,13 +74,17 @@ def machine() -> dict[str, str]:
     return described
 
 
+@functools.cache
 def _driver() -> str:
     """The driver's version, which only its own tool knows."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "unknown, no nvidia-smi"
     query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    said = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:  # no reason to lose figures
+        return "unknown, nvidia-smi does not answer"
     return said.stdout.partition("\n")[0].strip() or f"unknown, nvidia-smi exits with {said.returncode}"
 
 
@@ -94,13 +100,19 @@ def device_time(run: Callable[[], object], times: int) -> float:
 
 
 def write(path: str | None, name: str, results: Mapping[str, Any]) -> None:
-    """Write the results as JSON, with the command and the machine, if a path was given."""
+    """Write the results as JSON, with the command and the machine, if a path was given.
+
+    To be called whenever there is something new: what stands there before is whole until the new is, so that a process
+    which is stopped, or fails, leaves all but its last part.
+    """
     if path is None:
         return
     arguments = [Path(given).name if given == path else given for given in sys.argv[1:]]
     command = " ".join(["python -m", f"auxstream.bench.{name}", *arguments])
     document = {"benchmark": name, "command": command, "machine": machine(), "results": _plain(results)}
-    Path(path).write_text(json.dumps(document, indent=2) + "\n")
+    unfinished = Path(f"{path}.unfinished")
+    unfinished.write_text(json.dumps(document, indent=2) + "\n")
+    os.replace(unfinished, path)
 
 
 def _plain(value: Any) -> Any:

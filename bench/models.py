@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -33,14 +34,14 @@ from ..capture.huggingface import DecodeStep, build, gemma4_config
 from ..capture.options import Options
 from ..runtime.errors import AuxstreamError
 from .blocks import ROUTED_ALONE, SHARED_ALONE, Branches
-from .budget import Clock
+from .budget import Clock, Out
 from .command import CommandLine
 from .costliest import HEADING, costliest
 from .first_replay import first_replays
 from .harness import Figure, interleave, write
 from .prefill import prefill
 from .replays import Captured
-from .torch_compile import compiled_by_torch
+from .torch_compile import rival
 
 CONTEXT: Final = 1024
 PARTS: Final = ("first", "decode", "prefill")
@@ -87,8 +88,15 @@ def alone_of(serial: str) -> tuple[str, str]:
 # --- decode -----------------------------------------------------------------------------------------------------------
 
 
-def decode(model: nn.Module, batch: int, clock: Clock, options: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Fill in all figures of one batch size."""
+def decode(
+    model: nn.Module,
+    batch: int,
+    clock: Clock,
+    options: argparse.Namespace,
+    save: Callable[[], None],
+    results: dict[str, Any],
+) -> None:
+    """Fill in all figures of one batch size; torch.compile comes last, when they are saved."""
     device = clock.device
     step = DecodeStep(model, batch, CONTEXT if options.size == "full" else 64)
     ids = torch.randint(128, (batch, 1), device=device)
@@ -128,6 +136,7 @@ def decode(model: nn.Module, batch: int, clock: Clock, options: argparse.Namespa
         results["costliest kernels"] = [_row(costly) for costly in found]
         print(f"  costliest kernels, {best}:\n    {HEADING}", *found, sep="\n    ", flush=True)
     if options.reduce_overhead:
+        save()
         _torch_compile(step, ids, position, clock, options, runs[best], best, results)
 
 
@@ -182,14 +191,13 @@ def _torch_compile(
     results: dict[str, Any],
 ) -> None:
     """torch.compile beside our best, interleaved; it may fail, and then ours stands."""
-    try:
-        clock.need(60, TORCH)
-        torch.compiler.reset()  # another batch size is another step
-        run, seconds = compiled_by_torch(step, (ids, position), "reduce-overhead", clock.left() - 20)
-    except Exception as error:
-        results["left out"] = f"{TORCH}: {type(error).__name__}: {error}"[:2000]
+    torch.compiler.reset()  # another batch size is another step
+    found = rival(step, (ids, position), "reduce-overhead", clock, needs=40)
+    if isinstance(found, str):
+        results["left out"] = f"{TORCH}: {found}"
         print(f"  {results['left out'][:300]}", flush=True)
         return
+    run, seconds = found
     results[f"compile, s: {TORCH}"] = seconds
     figures = interleave({TORCH: partial(clock.ms, run), name: partial(clock.ms, best)}, options.rounds, "ms")
     results[f"ms per step: {TORCH}"] = figures[TORCH]
@@ -206,17 +214,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     clock: Clock = options.clock
     device = clock.device
     results: dict[str, Any] = {}
+    save = partial(write, options.json, "models", results)
 
     def part(name: str, seconds: float, run: Callable[[dict[str, Any]], None]) -> None:
         found = results[name] = dict[str, Any]()
         try:
             clock.need(seconds, name)
             run(found)
-        except (AuxstreamError, subprocess.TimeoutExpired, TimeoutError, torch.OutOfMemoryError) as error:
+        except (Out, subprocess.TimeoutExpired, torch.OutOfMemoryError) as error:
             found["left out"] = str(error)
             print(error, flush=True)
+        except (AuxstreamError, subprocess.CalledProcessError) as error:
+            found["failed"] = f"{type(error).__name__}: {error}"
+            print(found["failed"], flush=True)
         finally:
-            write(options.json, "models", results)
+            save()
 
     if "first" in options.parts:  # first of all: two models do not fit into a GPU's memory
         chosen = argparse.Namespace(**{**vars(options), "batch": options.batch[0]})
@@ -231,7 +243,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     needs = 10 + len(compiled_for(options.variants)) * options.layers if options.size == "full" else 5
     if "decode" in options.parts:
         for batch in options.batch:
-            part(f"decode, batch {batch}", needs, partial(decode, model, batch, clock, options))
+            part(f"decode, batch {batch}", needs, partial(decode, model, batch, clock, options, save))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     if "prefill" in options.parts:
@@ -254,10 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--reduce-overhead", action="store_true", help="torch.compile too: minutes for each batch")
     options = parser.options(arguments)
-    results = measure(options)
-    write(options.json, "models", results)
-    return results
+    return measure(options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(1 if any("failed" in part for part in main().values()) else 0)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -37,7 +37,7 @@ from .by_hand import EVENTS, RECORDED, REGIONS, WAYS, ByHand, Handoff, OneStream
 from .command import CommandLine
 from .harness import Figure, interleave, write
 from .replays import Captured, paces
-from .torch_compile import compiled_by_torch
+from .torch_compile import rival
 
 Run = Callable[[], object]
 Step = tuple[Run, Callable[[Tensor], Tensor]]
@@ -125,7 +125,7 @@ class Bench:
             start = time.perf_counter()
             options = Options(fusion_safe="*=1", **given, **rest)
             made = compile(FeedForward(self.layers), (self.hidden,), options, name=f"{kernels} kernels, {how}")
-            self.runs[f"compile, {kernels} kernels, {how}"] = made.graph.replay
+            self.runs[f"compile, {kernels} kernels, {how}"] = partial(made, self.hidden)  # torch.compile copies in too
             seconds = time.perf_counter() - start
             print(
                 f"  {kernels} kernels, {how}: {seconds:.1f} s, {len(made.regions)} regions; {made.choice}", flush=True
@@ -137,23 +137,35 @@ class Bench:
             self.runs[f"compile, {kernels} kernels, {branch}"] = made.graph.replay
         self.decoder.set_experts_implementation("grouped_mm")
 
-    def rivals(self) -> None:
-        """torch.compile; it may fail or take too long, and then the rest stands."""
+    def rivals(self) -> bool:
+        """torch.compile; whether there is any."""
         model = FeedForward(self.layers)
         for number, mode in enumerate(self.options.modes):
-            name = f"torch.compile, {mode}"
-            try:
-                self.clock.need(30, name)
-                seconds = (self.clock.left() - 20) / (len(self.options.modes) - number)
-                self.runs[name], took = compiled_by_torch(model, (self.hidden,), mode, seconds)
-            except Exception as error:
-                self.left_out[name] = f"{type(error).__name__}: {error}"[:1000]
-                print(f"  {name}: left out, {self.left_out[name][:300]}", flush=True)
+            name, later = f"torch.compile, {mode}", len(self.options.modes) - number - 1
+            others = 20 + (self.clock.left() - 20) * later / (later + 1)
+            found = rival(model, (self.hidden,), mode, self.clock, needs=10, for_others=others)
+            if isinstance(found, str):
+                self.left_out[name] = found
+                print(f"  {name}: left out, {found[:300]}", flush=True)
                 continue
+            self.runs[name], took = found
             self.results[f"compile, s: {name}"] = took
             print(f"  {name}: compiled in {took:.0f} s", flush=True)
+        return len(self.left_out) < len(self.options.modes)
 
     # --- what comes of it ---------------------------------------------------------------------------------------------
+
+    def measure(self, save: Callable[[], None]) -> None:
+        """All of it, saved part by part: torch.compile comes last, and all is then timed again beside it."""
+        self.by_hand()
+        save()
+        for kernels in self.options.kernels:
+            self.compiled(kernels)
+        self.time()
+        save()
+        if self.rivals():
+            self.time()
+        save()
 
     def time(self) -> None:
         """Time all of it, and print the table."""
@@ -169,7 +181,7 @@ class Bench:
         self.results["bytes per layer"] = nbytes
         print(f"batch {self.batch}, {count} layers: us per layer; each must read {nbytes / 2**20:.1f} MiB of weights")
         if self.gpu:
-            pace = self.results["copy, TB/s"] = paces()["copy"]
+            pace = self.results["copy, TB/s"] = self.results.get("copy, TB/s") or paces()["copy"]
             bound = self.results["bound: bytes over copy bandwidth, us"] = nbytes / pace / 1e6
             print(f"  {'bound: those bytes, as a copy moves them':48} {bound:8.2f} us  at {pace:.2f} TB/s")
         for kernels in self.options.kernels:
@@ -210,17 +222,6 @@ def _replaying(hidden: Tensor, replay: Callable[[], object], out: Tensor) -> Cal
     return run
 
 
-def measured(decoder: nn.Module, options: argparse.Namespace, left_out: list[str]) -> Iterator[tuple[str, Bench]]:
-    for batch in options.clock.in_time(options.batch, left_out, "batch {}".format):
-        bench = Bench(decoder, batch, options)
-        bench.by_hand()
-        for kernels in options.kernels:
-            bench.compiled(kernels)
-        bench.rivals()
-        bench.time()
-        yield f"batch {batch}", bench
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     quick = {"layers": 3, "rounds": 5, "kernels": ["own"], "modes": []}
     parser = CommandLine(__doc__, rounds=15, limit=560, quick=quick, devices=("cuda", "cpu"))
@@ -232,13 +233,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.options(arguments)
     decoder = build(gemma4_config(options.layers, options.size), options.clock.device, experts="auxstream")
     left_out: list[str] = []
-    results: dict[str, Any] = {"left out": left_out, "all passed": True}
+    benches: list[Bench] = []
+    results: dict[str, Any] = {"left out": left_out, "all passed": False}
     if missing := [mode for mode in MODES if mode not in options.modes]:
         left_out.append("torch.compile " + ", ".join(missing) + ", as asked")
-    for batch, bench in measured(decoder, options, left_out):
-        results[batch] = bench.results
-        results["all passed"] &= passed(bench.results)
-        write(options.json, "overlap", results)
+    save = partial(write, options.json, "overlap", results)
+    for batch in options.clock.in_time(options.batch, left_out, "batch {}".format):
+        benches.append(Bench(decoder, batch, options))
+        results[f"batch {batch}"] = benches[-1].results
+        benches[-1].measure(save)
+    results["all passed"] = bool(benches) and all(passed(bench.results) for bench in benches)
+    save()
     return results
 
 

@@ -183,6 +183,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     del jobs
     for name, rows in options.clock.in_time(cells, left_out, lambda cell: f"{cell[0]}, {cell[1]} rows"):
         results[f"{name}, {rows} rows"] = measure(name, rows, read, options)
+        write(options.json, "products", results)
     write(options.json, "products", results)
     return results
 

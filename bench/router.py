@@ -227,6 +227,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         results[f"{name}, batch {batch}"] = measure(router, stack, flush, options)
         if options.sweep:
             results[f"{name}, batch {batch}: sweep"] = sweep(router, stack, flush, options)
+        write(options.json, "router", results)
     write(options.json, "router", results)
     return results
 

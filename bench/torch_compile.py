@@ -1,6 +1,7 @@
 """torch.compile of a module, and what compiling takes: the rival.
 
-Enters: a module, its inputs, a mode. Leaves: a callable, and the seconds of its first call, with empty caches.
+Enters: a module, its inputs, a mode. Leaves: a callable, and the seconds of its first call, with empty caches; or why
+there is none: it may fail or take too long, and then the rest of a benchmark stands.
 """
 
 from __future__ import annotations
@@ -12,7 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .budget import limit
+from .budget import Clock, limit
+
+
+def rival(
+    module: nn.Module, inputs: Sequence[Tensor], mode: str, clock: Clock, *, needs: float, for_others: float = 20
+) -> tuple[Callable[[], object], float] | str:
+    """The module compiled within what is left of the time, or why not.
+
+    Args:
+        needs: seconds without which it is not tried.
+        for_others: seconds of what is left that it may not take.
+    """
+    try:
+        clock.need(needs + for_others, f"torch.compile, {mode}")
+        return compiled_by_torch(module, inputs, mode, clock.left() - for_others)
+    except Exception as error:  # whatever it is that another's compiler raises
+        return f"{type(error).__name__}: {error}"[:2000]
 
 
 def compiled_by_torch(

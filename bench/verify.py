@@ -164,6 +164,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             nodes = len(works[name].nodes)
             results[f"{name}, {size:,} nodes"] = value
             print(f"  {name:12} {value}   {nodes / value.median * 1000:12,.0f} nodes/s")
+        write(options.json, "verify", results)
     write(options.json, "verify", results)
     return results
 
