@@ -1,4 +1,4 @@
-"""The command line: `python -m auxstream demo`, `run`, `verify`, `trace` and `bench`, also installed as `auxstream`."""
+"""The command line, `auxstream` or `python -m auxstream`: demo, run, verify, trace, bench, doctor."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument(
         "--json",
-        type=Path,
+        type=_results,
         metavar="PATH",
         help="write all figures into this file (.json), or a file each in this folder",
     )
@@ -241,6 +241,11 @@ def _folder(text: str) -> Path:
     if not path.is_dir() and (path.exists() or not path.parent.is_dir()):
         raise argparse.ArgumentTypeError(f"no folder can be made at {text}")
     return path
+
+
+def _results(text: str) -> Path:
+    """A file for all, or a folder for a file each: by its name."""
+    return (_new_file if text.endswith(".json") else _folder)(text)
 
 
 def _script(text: str) -> Path:

@@ -68,18 +68,16 @@ def _said(a: Measured, b: Measured) -> str:
 
 def _load(path: Path) -> tuple[Mapping[str, str], dict[tuple[str, ...], Measured]]:
     """The machine, and all numbers by the names that lead to them, the benchmark's first."""
-    files = [path]
     if path.is_dir():
-        suite, _ = _read(path / "suite.json")
-        files = [file for name in suite["outcomes"] if (file := path / f"{name}.json").exists()]
-    machine: Mapping[str, str] = {}
-    found: dict[tuple[str, ...], Measured] = {}
-    for file in files:
-        document, machine = _read(file)
-        name, results = document["benchmark"], document.get("results", {})
-        for benchmark, values in (results if name == "suite" else {name: results}).items():
-            found |= {(benchmark, *names): value for names, value in _numbers(values)}
-    return machine, found
+        suite, machine = _read(path / "suite.json")
+        files = {name: path / f"{name}.json" for name in suite.get("outcomes", {})}
+        results = {name: _read(file)[0].get("results", {}) for name, file in files.items() if file.exists()}
+    else:
+        document, machine = _read(path)
+        results = document.get("results", {})
+        if document["benchmark"] != "suite":
+            results = {document["benchmark"]: results}
+    return machine, {(name, *names): value for name, values in results.items() for names, value in _numbers(values)}
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -170,6 +170,7 @@ def run_all(suite: Mapping[str, Benchmark], quick: bool, folder: Path, to: Path 
             print(f"== {name}: {benchmark.what}; at most {benchmark.limit(quick):.0f} s", flush=True)
             why, seconds = run_one(benchmark.command(name, quick, gpu, path), benchmark.limit(quick))
             documents[name] = json.loads(path.read_text()) if path.exists() else {}
+            path.with_name(f"{path.name}.unfinished").unlink(missing_ok=True)
             left_out = list(_left_out(documents[name].get("results", {})))
             outcomes[name] = Outcome("failed" if why else "done", seconds, benchmark.limit(quick), why, left_out)
             print(f"== {name}: {outcomes[name]}", flush=True)

@@ -53,13 +53,15 @@ def test_cards_that_differ_are_said(tmp_path: Path) -> None:
 
 def test_a_folder_a_file_of_all_and_a_file_of_one_say_the_same(tmp_path: Path) -> None:
     one = results(tmp_path / "overlap.json", {"us": figure(10, 1)})
+    alone = results(tmp_path / "alone.json", {"us": figure(10, 1)})
     outcomes = {"overlap": {"state": "done"}, "fusion": {"state": "failed"}}
     suite = json.loads(one.read_text()) | {"benchmark": "suite", "outcomes": outcomes}
     every = tmp_path / "every.json"
     every.write_text(json.dumps(suite | {"results": {"overlap": {"us": figure(10, 1)}}}))
     (tmp_path / "suite.json").write_text(json.dumps({key: suite[key] for key in ("benchmark", "machine", "outcomes")}))
     (tmp_path / "demo.json").write_text("{}")  # not the suite's
-    rows = [compare(one, other).splitlines()[2:] for other in (one, every, tmp_path)]
+    results(one, {"us": figure(10, 1)}, name="a module of the suite's entry")
+    rows = [compare(every, other).splitlines()[2:] for other in (alone, every, tmp_path)]
     assert rows[0] == rows[1] == rows[2]
     assert "1.000  within" in rows[0][-1]
 

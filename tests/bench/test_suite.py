@@ -166,6 +166,16 @@ def test_the_command_runs_what_it_can_without_a_gpu(tmp_path: Path, capfd: pytes
     assert [name for name in SUITE if name not in listed] == []
 
 
+def test_results_that_could_not_be_written_are_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for where in (tmp_path / "none" / "all.json", tmp_path / "file"):
+        with pytest.raises(SystemExit):
+            main(["bench", "verify", "--json", str(where)])
+        assert "can be made at" in capsys.readouterr().err
+
+
 # --- the command line and the clock -----------------------------------------------------------------------------------
 
 
