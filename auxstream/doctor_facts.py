@@ -112,17 +112,29 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def has_gpu() -> bool:
     """Whether torch can use a GPU here."""
-    return _found("torch") and bool(importlib.import_module("torch").cuda.is_available())
+    torch = _torch()
+    return torch is not None and not isinstance(torch, Exception) and bool(torch.cuda.is_available())
+
+
+def _torch() -> Any:
+    """torch; None where it is not installed, and the error where it cannot be imported."""
+    try:
+        return importlib.import_module("torch") if _found("torch") else None
+    except Exception as error:  # a library of CUDA's that is missing, another's binary interface
+        return error
 
 
 def device() -> Iterator[Row]:
     """Driver, CUDA and GPUs; or why there is none."""
     yield _driver()
-    if not _found("torch"):
+    torch = _torch()
+    if torch is None:
         yield Row(DEVICE, "GPU", "absent", "torch is not installed, so none was looked for")
         return
-    import torch
-
+    if isinstance(torch, Exception):
+        says = f"torch cannot be imported, so none was looked for: {_first_line(torch)}"
+        yield Row(DEVICE, "GPU", "FAILED", says, "install torch anew, with the CUDA libraries it names")
+        return
     yield Row(DEVICE, "CUDA of torch", "ok" if torch.version.cuda else "absent", torch.version.cuda or "none")
     if not torch.cuda.is_available():
         why, remedy = _why_no_gpu(torch)
@@ -130,7 +142,15 @@ def device() -> Iterator[Row]:
         yield Row(DEVICE, "GPU", "absent", f"{why}; {works}", remedy)
         return
     for number in range(torch.cuda.device_count()):
-        yield _gpu(number, torch.cuda.get_device_properties(number))
+        try:
+            yield _gpu(number, torch.cuda.get_device_properties(number))
+        except Exception as error:  # the first call that makes a context, which a GPU may refuse
+            remedy = "see with nvidia-smi whether another process has it to itself, or it has to be reset"
+            yield Row(DEVICE, f"GPU {number}", "FAILED", _first_line(error), remedy)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _gpu(number: int, properties: Any) -> Row:

@@ -1,7 +1,10 @@
-"""The kernel with which the doctor tries Triton, and the smallest module with which it tries MLIR."""
+"""The kernel with which the doctor tries Triton: compiled anew each time, for one from a cache would show nothing."""
 
 # pyright: basic, reportGeneralTypeIssues=false, reportOperatorIssue=false, reportCallIssue=false, reportArgumentType=false
 from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import torch
 import triton
@@ -18,11 +21,19 @@ def add_one(x, out, count, BLOCK: tl.constexpr):
     tl.store(out + at, tl.load(x + at, mask=at < count) + 1, mask=at < count)
 
 
+@contextmanager
+def _anew() -> Generator[None]:
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        yield
+
+
 def launched(device: str) -> Tensor:
     """What the kernel makes of 0, 1, ..., 99: compiled and launched, or interpreted if TRITON_INTERPRET=1."""
     x = torch.arange(100.0, device=device)
     out = torch.zeros_like(x)
-    add_one[(triton.cdiv(x.numel(), BLOCK),)](x, out, x.numel(), BLOCK=BLOCK)
+    with _anew():
+        add_one[(triton.cdiv(x.numel(), BLOCK),)](x, out, x.numel(), BLOCK=BLOCK)
     return out
 
 
@@ -34,4 +45,5 @@ def compiled(capability: int) -> int:
     if not isinstance(add_one, triton.JITFunction):
         return 0
     source = ASTSource(add_one, SIGNATURE, {(3,): BLOCK})
-    return len(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"])
+    with _anew():
+        return len(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"])

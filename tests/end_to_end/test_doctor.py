@@ -176,6 +176,16 @@ def test_without_torch_it_still_answers(tmp_path: Path) -> None:
     assert told.rows["torch"].remedy == "pip install 'torch>=2.11'"
 
 
+def test_with_a_torch_that_cannot_be_imported_it_still_answers(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcublas.so.13: cannot open\\nmore')\n")
+    told = Told(tmp_path / "told.json", PYTHONPATH=str(tmp_path))
+    assert told.code == 1
+    assert {"GPU", "simulated machine"} <= told.states("FAILED")
+    assert told.rows["GPU"].says.endswith("OSError: libcublas.so.13: cannot open")
+    assert told.rows["GPU"].remedy
+
+
 @pytest.mark.parametrize("package", doctor_facts.PACKAGES, ids=lambda package: package.name)
 def test_a_package_that_is_missing_or_too_old(package: doctor_facts.Package, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
@@ -300,6 +310,23 @@ def test_triton_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong(row_of("Triton", Here(True, settings.SETTINGS)), "a kernel that adds one made")
 
 
+def test_triton_compiles_anew_whatever_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from triton.compiler import ASTSource
+
+    from auxstream import doctor_kernel
+
+    if not doctor_kernel.compiled(90):
+        pytest.skip("Triton interprets: TRITON_INTERPRET=1")
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(ASTSource, "make_ir", broken)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        doctor_kernel.compiled(90)
+
+
 def test_triton_launches_or_interprets() -> None:
     pytest.importorskip("triton")
     from auxstream import doctor_kernel
@@ -392,6 +419,20 @@ def test_gpus_are_described() -> None:
     assert (whole.name, whole.state, whole.says) == ("GPU 1", "ok", "NVIDIA H100, 80 GiB, sm_90, 132 SMs")
     assert slice_.says.endswith("a MIG slice")
     assert old.state == "note"
+
+
+def test_a_gpu_that_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(number: int) -> Any:
+        raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable\nmore")
+
+    gpus = SimpleNamespace(is_available=lambda: True, device_count=lambda: 1, get_device_properties=refuses)
+    fake = SimpleNamespace(version=SimpleNamespace(cuda="13.0"), cuda=gpus)
+    monkeypatch.setattr(doctor_facts, "_torch", lambda: fake)
+    assert doctor_facts.has_gpu()
+    row = next(row for row in doctor_facts.device() if row.name == "GPU 0")
+    assert row.state == "FAILED"
+    assert row.says == "RuntimeError: CUDA-capable device(s) is/are busy or unavailable"
+    assert row.remedy
 
 
 def no_gpu(monkeypatch: pytest.MonkeyPatch, cuda: str | None, error: str = "", visible: str | None = None) -> Any:
