@@ -40,6 +40,11 @@ class Verdict:
     def equal(self) -> bool:
         return all(comparison.equal for comparison in self.comparisons)
 
+    @property
+    def nan(self) -> int:
+        """Steps with logits that are no numbers."""
+        return sum(comparison.nan for comparison in self.comparisons)
+
 
 def run_model(options: argparse.Namespace, capture: Capture = capture_step) -> int:
     """Load, compile twice, compare, print. Returns the exit code. `capture`: how a step becomes a graph."""
@@ -93,7 +98,7 @@ def run_model(options: argparse.Namespace, capture: Capture = capture_step) -> i
     print(_conclusion(verdict, options.bisect, bench))
     if options.json:
         _write(options, checkpoint, prompts, tokenizer, context, bench, (serial, overlapped), rates, verdict)
-    return 0 if verdict.equal and verdict.proved else 1
+    return 0 if verdict.equal and verdict.proved and not verdict.nan else 1
 
 
 def _refuse_settings() -> None:
@@ -214,6 +219,8 @@ def _print_comparison(verdict: Verdict, batch: int, bench: Workbench) -> None:
 
 def _conclusion(verdict: Verdict, bisected: bool, bench: Workbench) -> str:
     if verdict.equal:
+        if verdict.nan:
+            return f"NO NUMBERS: logits were NaN in {verdict.nan} steps, on one stream too: equal bits say nothing"
         if verdict.proved and not bench.regions:
             return f"NOTHING OVERLAPS: both steps are one stream. Branches for --overlap: {_listed(bench.branches)}"
         if verdict.proved:

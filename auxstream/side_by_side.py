@@ -166,6 +166,7 @@ class Comparison:
         caches: names of the caches that differed at the end.
         made: the tokens that each row made, by the first step.
         other: the same by the second step; both were given the first one's.
+        nan: in how many turns some of the first step's logits were NaN: that these are equal says nothing.
     """
 
     turns: int
@@ -175,6 +176,7 @@ class Comparison:
     caches: tuple[str, ...]
     made: list[list[int]]
     other: list[list[int]]
+    nan: int = 0
 
     @property
     def equal(self) -> bool:
@@ -188,6 +190,7 @@ def compare(one: Step, other: Step, group: Group, states: Sequence[str]) -> Comp
     other.reset()
     flags: list[Tensor] = []
     gaps: list[Tensor] = []
+    nan: list[Tensor] = []
     made: list[Tensor] = []
     theirs: list[Tensor] = []
     with torch.no_grad():
@@ -197,6 +200,7 @@ def compare(one: Step, other: Step, group: Group, states: Sequence[str]) -> Comp
             expected, got = one.poisoned(ids, position), other.poisoned(ids, position)
             flags.append((bits(expected) != bits(got)).any(1))
             gaps.append((expected.float() - got.float()).abs().max())
+            nan.append(expected.isnan().any())
             next_ids = expected.argmax(-1)
             made.append(next_ids)
             theirs.append(got.argmax(-1))
@@ -212,6 +216,7 @@ def compare(one: Step, other: Step, group: Group, states: Sequence[str]) -> Comp
         caches=tuple(name for name, flag in zip(states, unlike, strict=True) if flag.item()),
         made=group.made(made),
         other=group.made(theirs),
+        nan=sum(torch.stack(nan).tolist()),
     )
 
 

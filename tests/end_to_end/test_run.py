@@ -147,6 +147,21 @@ def test_rules_say_which_branches_are_on_lanes(
     assert "malformed --overlap" in capsys.readouterr().err
 
 
+def test_logits_that_are_no_numbers_are_not_called_equal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], figures: Path
+) -> None:
+    def capture(step: GraphModule, inputs: Inputs, caches: Sequence[Tensor], name: str) -> Captured:
+        captured = capture_step(step, inputs, caches, name)
+        return replace(captured, replay=lambda: None)  # both steps stay as they were poisoned
+
+    with_capture(monkeypatch, capture)
+    assert main([*TINY, "--json", str(figures)]) == 1
+    assert capsys.readouterr().out.endswith(
+        "NO NUMBERS: logits were NaN in 3 steps, on one stream too: equal bits say nothing\n"
+    )
+    assert json.loads(figures.read_text())["comparisons"][0]["nan"] == 3
+
+
 # --- different --------------------------------------------------------------------------------------------------------
 
 
