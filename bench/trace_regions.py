@@ -136,7 +136,11 @@ def _region(name: str, traced: Traced, serial: Traced | None) -> RegionFigures:
 def _windows(plan: Plan, region: str, replays: Sequence[Replay]) -> list[float]:
     """Per replay, the length of a region's window."""
     works = plan.regions[region]
-    before, behind = plan.reaching(works), plan.reached(works)
+    # A branch may wait for more behind its fork, and hand something out before its join: neither is the window's end.
+    first = {plan.works[work].lane: work for work in reversed(works)}.values()
+    last = {plan.works[work].lane: work for work in works}.values()
+    before = set[int].intersection(*(plan.reaching([work]) for work in first))
+    behind = set[int].intersection(*(plan.reached([work]) for work in last))
     inside = {*works, *plan.beside(region)}
     found: list[float] = []
     for replay in replays:

@@ -70,8 +70,8 @@ def test_before_a_rival_compiles_all_else_is_written(tmp_path: Path, monkeypatch
         return "too slow" if mode == "max-autotune" else (partial(model, *inputs), 1.0)
 
     monkeypatch.setattr(overlap, "rival", rival)
-    given = ["--device", "cpu", "--size", "tiny", "--layers", "1", "--kernels", "own", "--rounds", "2", "--json", str(to)]
-    results = overlap.main(given)
+    given = ["--device", "cpu", "--size", "tiny", "--layers", "1", "--kernels", "own", "--rounds", "2", "--json"]
+    results = overlap.main([*given, str(to)])
     assert not found[0]["all passed"], "it is not over"
     assert "compile, own kernels, one stream" in found[0]["batch 1"]["us per layer"]
     assert results["all passed"]

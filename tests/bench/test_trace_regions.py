@@ -95,3 +95,19 @@ def test_the_window_of_a_region_that_is_joined_last_ends_with_the_graph() -> Non
 def test_different_work_is_not_compared() -> None:
     with pytest.raises(AssertionError):
         figures_of(traced(mixture(1)), traced(mixture(2), one_stream=True))
+
+
+def test_a_wait_within_a_region_and_a_result_handed_out_early_do_not_end_its_window() -> None:
+    steps = [
+        Step("a", "a", 2.0),
+        Step("b", "b", 6.0),
+        Step("x", "x", 4.0, "lane0", "aux", after=(0,)),
+        Step("y", "y", 4.0, "lane0", "aux", after=(1,)),
+        Step("w", "w", 1.0, after=(2,)),
+        Step("z", "z", 1.0, after=(3,)),
+    ]
+    here, there = replay_of(steps), replay_of(steps, one_stream=True)
+    figures = figures_of(Traced(plan(steps), (here,)), Traced(plan(steps, one_stream=True), (there,)))
+    windows = [replay.kernels[5].start - replay.kernels[0].end for replay in (there, here)]
+    assert figures.regions[0].saved == pytest.approx(windows[0] - windows[1])
+    assert windows == pytest.approx([19.5, 12.7])
