@@ -18,6 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..runtime.errors import CaptureError, SimulatedFault
 from .compiled import CompiledModel
 from .inputs import Padding
 from .state import Checkpoint, bits, storage_of
@@ -128,11 +129,24 @@ class PaddedRuns:
 
         def run() -> tuple[Sequence[Any], Sequence[Any]]:
             self.load(kind, first)
-            self._bucket.graph.replay()
+            try:
+                self._bucket.graph.replay()
+            except SimulatedFault as fault:
+                raise self._failed(fault) from fault
             outputs = _cut(self._bucket.calls.leaves, self.padding.outputs, first)
             return outputs, _cut(self._leaves, self.padding.inputs, first)
 
         return self._outcome(run, own)
+
+    def _failed(self, fault: SimulatedFault) -> CaptureError:
+        values = zip(self.names, self.padding.values, strict=True)
+        said = ", ".join(f"{name}={value}" for name, value in values if value is not None) or "the last row again"
+        return CaptureError(
+            f"the model fails on padded rows of bucket {self.padding.size}",
+            expected=f"pad values that it can take as it takes those of a call; they are {said}",
+            came=f"{fault.what}: {fault.came}",
+            remedy="correct Options.pad, or give every size a bucket of its own",
+        )
 
     def eager(self, first: int, own: Sequence[Tensor] = ()) -> Outcome:
         """The model, on the first rows alone."""

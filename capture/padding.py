@@ -63,13 +63,17 @@ def check_padding(
     assert padding is not None
     verdict = PaddingVerdict(padding.size, fewest, "proved")
     writes = bool(traced.mutated_buffers) or any(padding.inputs[p] is None for p in bucket.calls.written)
-    if not mixing.unproved and not writes:
+    proved = not mixing.unproved and not writes
+    if proved and all(value is None for value in padding.values):
         return verdict
     with torch.no_grad():
         runs = PaddedRuns(model, bucket, traced, example, device)
         if mixing.written and not runs.sent:
             raise _writes(runs, mixing.written[0], "writes whose place or value depends on rows")
         try:
+            if proved:  # and a pad value may still be one that the model cannot take: an index that nothing has
+                runs.replayed("padded", fewest, ())
+                return verdict
             return _Check(runs, fewest, mixing).verdict(replace(verdict, how="checked"))
         finally:
             runs.close()

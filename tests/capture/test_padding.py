@@ -234,6 +234,31 @@ def test_a_failed_check_leaves_the_model_as_it_was() -> None:
 # --- what cannot be told ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("proved", [True, False])
+def test_a_pad_value_that_the_model_cannot_take_is_refused(proved: bool) -> None:
+    """On a GPU the first padded call would end the process's work there, whatever is proved of rows."""
+
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(8, 4))
+
+        def forward(self, i: Tensor) -> Tensor:
+            found = self.table[i]
+            return found if proved else torch.einsum("ij,ij->i", found, found)
+
+    how = [verdict.how for verdict in compiled_for(Looks(), 7).padding]
+    assert how == ["proved" if proved else "checked"]
+    with pytest.raises(CaptureError, match=r"(?s)fails on padded rows of bucket 4.*i=8.*out of bounds"):
+        compiled_for(Looks(), 8)
+
+
+def compiled_for(model: nn.Module, pad: int) -> BucketedModel:
+    fast = auxstream.compile(model, (torch.arange(4),), Options(buckets=(4,), pad={"i": pad}))
+    assert isinstance(fast, BucketedModel)
+    return fast
+
+
 def test_example_rows_that_are_alike_tell_nothing() -> None:
     x, slots = example()
     with pytest.raises(CaptureError, match="padding of 'slots' cannot be checked"):
