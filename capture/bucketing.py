@@ -7,6 +7,7 @@ the user turned verification down.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,10 +175,11 @@ def _pad_values(options: Options, sizes: Sizes, static: StaticInputs) -> Values:
                 remedy="correct the name, or take it out",
             )
         dtype = rows[name].dtype
-        if not dtype.is_floating_point and not dtype.is_complex:
+        if dtype.is_floating_point or dtype.is_complex:
+            fits = not math.isfinite(value) or abs(value) <= torch.finfo(dtype).max
+        else:
             bounds = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-            if not float(value).is_integer() or not bounds[0] <= value <= bounds[1]:
-                raise InputError(
-                    f"pad value of {name!r} does not fit", expected=f"a value of {dtype}", came=repr(value)
-                )
+            fits = float(value).is_integer() and bounds[0] <= value <= bounds[1]
+        if not fits:
+            raise InputError(f"pad value of {name!r} does not fit", expected=f"a value of {dtype}", came=repr(value))
     return tuple(options.pad.get(name) for name in sizes.names)
