@@ -290,6 +290,7 @@ def test_a_model_that_gives_other_bits_each_time_is_told_from_a_leak(monkeypatch
         ({"slot": 0}, "no input has"),
         ({"slots": 0.5}, "int64"),
         ({"slots": float("nan")}, "int64"),
+        ({"x": 1e39}, "float32"),
         ({"w": 0}, "another"),
     ],
 )
