@@ -272,7 +272,7 @@ class Matter:
     """Variables of one meaning, which of their values hurt, and what is to be known of them.
 
     Attributes:
-        names: the first that is set counts.
+        names: the first that is set counts; where none is, the last is named.
         hurts: what a value does that one may not want; "" where it does no harm.
         unset: what holds where none is set.
     """
@@ -310,7 +310,7 @@ def _harmless(value: str, gpu: bool) -> str:
 
 MATTERS: Final = (
     Matter(
-        ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),  # to torch, the older name goes first
         _allocator,
         "graph_capture_record_stream_reuse is off: in a capture, blocks with record_stream stay taken until it ends",
     ),
@@ -327,7 +327,7 @@ def environment(gpu: bool) -> Iterator[Row]:
     """Others' variables that change what auxstream does."""
     for matter in MATTERS:
         given = others(*matter.names)
-        name = next((name for name in matter.names if name in given), matter.names[0])
+        name = next((name for name in matter.names if name in given), matter.names[-1])
         if name not in given:
             yield Row(ENVIRONMENT, name, "ok", f"not set: {matter.unset}")
             continue

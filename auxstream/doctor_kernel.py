@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 BLOCK = 64
 SIGNATURE = {"x": "*fp32", "out": "*fp32", "count": "i32", "BLOCK": "constexpr"}
@@ -23,8 +24,8 @@ def add_one(x, out, count, BLOCK: tl.constexpr):
 
 @contextmanager
 def _anew() -> Generator[None]:
-    with triton.knobs.compilation.scope():
-        triton.knobs.compilation.always_compile = True
+    with knobs.compilation.scope():
+        knobs.compilation.always_compile = True
         yield
 
 

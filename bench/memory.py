@@ -184,8 +184,9 @@ def _in_a_process(reuse: str, options: argparse.Namespace) -> dict[str, Any]:
     """`measure` where the allocator has the option set so: it is read when torch starts."""
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
-        setting = f"PYTORCH_CUDA_ALLOC_CONF=graph_capture_record_stream_reuse:{reuse}"
-        command = ["env", setting, sys.executable, "-m", "auxstream.bench.memory", "--here", "--json", str(figures)]
+        names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # where both are set, one of them counts
+        settings = [f"{name}=graph_capture_record_stream_reuse:{reuse}" for name in names]
+        command = ["env", *settings, sys.executable, "-m", "auxstream.bench.memory", "--here", "--json", str(figures)]
         command += ["--layers", str(options.layers), "--size", options.size]
         command += ["--tokens", *map(str, options.tokens), *(["--unfused"] if options.unfused else [])]
         subprocess.run(command, check=True, timeout=max(1.0, options.clock.left()))

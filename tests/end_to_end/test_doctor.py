@@ -403,11 +403,24 @@ def test_allocator_settings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(settings._environ, "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,max_split_size_mb:64")
     row = next(doctor_facts.environment(True))
     assert row.says.endswith("reuse within captures off, expandable segments on")
+    monkeypatch.delitem(settings._environ, "PYTORCH_CUDA_ALLOC_CONF")
     both = "graph_capture_record_stream_reuse:True,expandable_segments:False"
     monkeypatch.setitem(settings._environ, "PYTORCH_ALLOC_CONF", both)
     row = next(doctor_facts.environment(True))
     assert row.name == "PYTORCH_ALLOC_CONF"
     assert row.says.endswith("reuse within captures on, expandable segments off")
+
+
+def test_of_two_names_for_the_allocators_settings_the_one_that_torch_reads_is_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}
+    read = "import torch; print(torch._C._accelerator_getAllocatorSettings())"
+    done = subprocess.run([sys.executable, "-c", read], env={**os.environ, **given}, capture_output=True, text=True)
+    for name, value in given.items():
+        monkeypatch.setitem(settings._environ, name, value)
+    row = next(doctor_facts.environment(True))
+    assert repr(done.stdout.strip().splitlines()[-1]) in row.says
 
 
 def test_gpus_are_described() -> None:
