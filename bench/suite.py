@@ -1,7 +1,8 @@
 """`auxstream bench`: all benchmarks by name, each in a process of its own, within a time limit.
 
 Enters: names, or all of them. Leaves: their output as it comes, JSON, and a line for each: done, failed, or skipped,
-and why. Invariant: one that fails or takes too long ends alone; what it started ends with it.
+and why. Invariant: one that fails or takes too long ends alone; what it started ends with it, as it does if the whole
+is stopped.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final, Literal
 
 from ..runtime.errors import InputError
@@ -182,6 +184,7 @@ def run_all(suite: Mapping[str, Benchmark], quick: bool, folder: Path, to: Path 
 def run_one(command: list[str], limit: float) -> tuple[str, float]:
     """Run a command; why it failed, or nothing, and the seconds it took. It and all that it started end by `limit`."""
     start = time.monotonic()
+    before = signal.signal(signal.SIGTERM, _stopped)
     process = subprocess.Popen(command, start_new_session=True)
     try:
         code = process.wait(limit)
@@ -192,7 +195,13 @@ def run_one(command: list[str], limit: float) -> tuple[str, float]:
         with contextlib.suppress(ProcessLookupError):  # all have ended
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        signal.signal(signal.SIGTERM, before)
     return why, time.monotonic() - start
+
+
+def _stopped(number: int, _: FrameType | None) -> None:
+    """Unwind, so that what was started is ended: it is in a session of its own, which no signal to this one reaches."""
+    sys.exit(128 + number)
 
 
 def _cannot(benchmark: Benchmark, gpu: bool) -> str:

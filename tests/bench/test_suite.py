@@ -6,6 +6,9 @@ import importlib
 import json
 import os
 import shlex
+import signal
+import subprocess
+import sys
 import time
 from argparse import Namespace
 from dataclasses import replace
@@ -116,6 +119,24 @@ def test_what_a_benchmark_started_ends_with_it(fakes: Path) -> None:
     run_one(fake("slow").command("slow", False, False, fakes / "figures.json"), 3)
     child = int((fakes / "child").read_text())
     for _ in range(100):  # the system takes a moment to reap it
+        if not _runs(child):
+            break
+        time.sleep(0.05)
+    assert not _runs(child)
+
+
+def test_what_a_benchmark_started_ends_with_the_suite(fakes: Path) -> None:
+    command = fake("slow").command("slow", False, False, fakes / "figures.json")
+    run = f"from auxstream.bench.suite import run_one; run_one({command!r}, 60)"
+    suite = subprocess.Popen([sys.executable, "-c", run])
+    for _ in range(400):
+        if (fakes / "child").is_file() and (fakes / "child").read_text():
+            break
+        time.sleep(0.05)
+    suite.terminate()
+    assert suite.wait(20) == 128 + signal.SIGTERM
+    child = int((fakes / "child").read_text())
+    for _ in range(100):
         if not _runs(child):
             break
         time.sleep(0.05)
