@@ -240,13 +240,14 @@ def fork(name: str, *reads: Any, writes: Any = NOTHING, priority: int = 0) -> Re
         the region, to be entered by `with` and joined behind it.
 
     Raises:
-        RegionError: a read that is no tensor, or a tensor on another device than the current one.
+        RegionError: a name that is no string, a read that is no tensor or on another device than the current one.
     """
     quick_fork = thread_state.quick_fork
-    if quick_fork is not None and writes is NOTHING and not priority:
+    if quick_fork is not None and writes is NOTHING and not priority and type(name) is str:
         region = quick_fork(name, reads)
         if region is not None:
             return region
+    _check_name(name)
     read = _tensors(name, reads, "read")
     written = _tensors(name, writes, "write")
     machine = thread_state.machine or thread_state.own or adopt_machine()
@@ -257,6 +258,20 @@ def fork(name: str, *reads: Any, writes: Any = NOTHING, priority: int = 0) -> Re
     if compares:
         region._versions = versions_of(region.recorded, written)
     return _forked(region)
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise RegionError(
+            "a region has no name",
+            expected="a string: the first argument of fork() and aux_region() is the region's name",
+            came=_said(name),
+            remedy="name it in front of what it reads: fork('shared_expert', x)",
+        )
+
+
+def _said(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"[:120]
 
 
 def _forked(region: Region) -> Region:
@@ -350,11 +365,20 @@ def parallel(
         what they returned, in argument order.
 
     Raises:
-        RegionError: as from `fork`.
+        RegionError: as from `fork`, or an argument that is no function.
         UndeclaredAccessError: as from `Region.join`.
 
     If a function raises, every region already forked is joined before the error leaves.
     """
+    _check_name(name)
+    for position, function in enumerate((caller, *branches)):
+        if not callable(function):
+            raise RegionError(
+                f"argument {position} of parallel() is no function",
+                expected="functions without arguments: the caller's, then the branches'",
+                came=_said(function),
+                remedy="leave the call to parallel(): parallel(lambda: experts(h), lambda: mlp(h), reads=h)",
+            )
     names = [name] if len(branches) == 1 else [f"{name}.{index}" for index in range(len(branches))]
     regions: list[Region] = []
     joined = 0

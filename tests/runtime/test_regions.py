@@ -706,3 +706,50 @@ def test_open_region_records_only_what_it_is_told() -> None:
     region.join()
     assert torch.equal(y, torch.full((2,), 2.0))
     assert region.held == region.recorded == ()
+
+
+# --- arguments that were left out -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "forgetful",
+    [
+        lambda x: auxstream.fork(x),
+        lambda x: auxstream.fork(x, x),
+        lambda x: auxstream.aux_region(x, x),
+        lambda x: auxstream.parallel(lambda: x, lambda: x, name=x),
+        lambda x: auxstream.parallel(lambda: x, lambda: x, lambda: x, name=x),
+    ],
+)
+def test_a_region_without_a_name_is_refused(machine: str, forgetful: Any) -> None:
+    with pytest.raises(RegionError) as caught:
+        forgetful(torch.ones(2, 3))
+    assert "first argument of fork() and aux_region() is the region's name" in caught.value.expected
+    assert caught.value.came == "a tensor of shape (2, 3)"
+    assert "fork('shared_expert', x)" in caught.value.remedy
+
+
+def test_the_quick_fork_gets_names_only() -> None:
+    asked: list[Any] = []
+    thread_state.quick_fork = lambda name, reads: asked.append(name)
+    try:
+        region = auxstream.fork("named")
+        with region:
+            pass
+        region.join()
+        with pytest.raises(RegionError, match="no name"):
+            auxstream.fork(torch.ones(2))
+    finally:
+        thread_state.quick_fork = None
+    assert asked == ["named"]
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_parallel_takes_functions_not_their_results(machine: str, position: int) -> None:
+    arguments: list[Any] = [lambda: torch.zeros(1), lambda: torch.zeros(1)]
+    arguments[position] = torch.ones(2, 3)
+    with pytest.raises(RegionError, match=rf"argument {position} of parallel\(\) is no function") as caught:
+        auxstream.parallel(*arguments)
+    assert "functions without arguments" in caught.value.expected
+    assert caught.value.came == "a tensor of shape (2, 3)"
+    assert "lambda" in caught.value.remedy
