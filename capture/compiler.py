@@ -7,22 +7,21 @@ the outputs out. `_Pipeline.compile` reads as the picture: trace, choose, mark, 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..kernels.fuse import FusionReport
-from ..kernels.safety import refuse_unknown_regions
+from ..kernels.safety import unknown_regions
 from ..runtime import ranges
 from ..runtime.errors import RaceError, TraceError
-from ..runtime.settings import SETTINGS, Verify, parse_overlap, parse_safety
+from ..runtime.settings import SETTINGS, OverlapRules, Verify, parse_overlap, parse_safety
 from .bucketing import compile_buckets
 from .compiled import CompiledModel
 from .graphs import CapturedGraph, graph
@@ -34,7 +33,7 @@ from .phases import Phase, compile_phases, examples_of, phases_of, whole_of
 from .pieces_capture import capture_pieces
 from .policy import Choice, Plan, key_of, measured, remember, remembered, ruled, unmatched, unmeasured
 from .progress import captures
-from .proposals import propose
+from .proposals import Proposal, propose
 from .race import Racing
 from .source import warn_user
 from .split_ops import keep_whole, ops_of, refuse_unknown
@@ -42,8 +41,6 @@ from .state import preserved
 from .switches import adopt_switches
 from .trace import TracedGraph, trace
 from .uncaptured import order_of_runs, run_once
-
-_log: Final = logging.getLogger("auxstream")
 
 
 def compile(
@@ -172,13 +169,13 @@ class _Pipeline:
             return Choice(Plan(), "rules")
         rules = (*parse_overlap(options.overlap), *SETTINGS.overlap)
         proposals = propose(laying.graph)
-        safety = (*parse_safety(options.fusion_safe), *SETTINGS.fusion_safe)
-        for option, globs in (("overlap", rules), ("fusion_safe", safety)):
-            for glob in unmatched(proposals, globs):
-                _log.info("the %s rule %r matches no branch of %s", option, glob, self.name)
-        refuse_unknown_regions((region.name for part in proposals for region in part.regions), SETTINGS)
+        self._say_unmatched(proposals, rules)
+        if not proposals:
+            return Choice(Plan(), "no branches")
         demanded, left = ruled(proposals, rules)
-        if not left or self.device.type != "cuda" or options.mode == "none" or SETTINGS.disable:
+        if SETTINGS.disable:
+            return replace(unmeasured(demanded, left), source="rules; AUXSTREAM_DISABLE")
+        if not left or self.device.type != "cuda" or options.mode == "none":
             return unmeasured(demanded, left)
         unseen = replace(options, dump_dir=None, progress=None)
         outside = (rules, SETTINGS.fusion_safe, SETTINGS.fusion_safe_regions)
@@ -191,6 +188,18 @@ class _Pipeline:
             if not racing.starved:
                 remember(key, demanded, choice)
         return choice
+
+    def _say_unmatched(self, proposals: Sequence[Proposal], rules: OverlapRules) -> None:
+        """Rules that name nothing here: misspelt, or meant for another model of the process. So it is a warning, and
+        none for a model without branches."""
+        safety = (*parse_safety(self.options.fusion_safe), *SETTINGS.fusion_safe)
+        regions = [region.name for part in proposals for region in part.regions]
+        said = [f"the overlap rule {glob!r}" for glob in unmatched(proposals, rules)]
+        said += [f"the fusion_safe rule {glob!r}" for glob in unmatched(proposals, safety)]
+        said += [f"AUXSTREAM_FUSION_SAFE_{name}" for name in unknown_regions(regions, SETTINGS)]
+        if said and regions:
+            names = ", ".join(dict.fromkeys(regions))
+            warn_user(f"{', '.join(said)} matches no branch of {self.name}, which has {names[:500]}")
 
     def _racing(self, static: StaticInputs, traced: TracedGraph, laying: Laying) -> Racing:
         """Plans captured as they will be, unproved and in memory of their own."""

@@ -28,7 +28,7 @@ from ..runtime.settings import Overlap, OverlapRules
 from .launch_order import LaunchOrder
 from .proposals import Proposal, Region, Span
 
-Source = Literal["measured", "cached", "rules", "nothing measured"]
+Source = Literal["measured", "cached", "rules", "nothing measured", "no branches", "rules; AUXSTREAM_DISABLE"]
 Race = Callable[["Plan", "Plan"], "Result | str"]
 """Times two plans side by side, or says why the second cannot run."""
 

@@ -42,17 +42,22 @@ def fusion_safety(
     return found
 
 
+def unknown_regions(regions: Iterable[str], settings: Settings = SETTINGS) -> list[str]:
+    """What the environment's variables name that is none of these regions."""
+    owners = set(map(variable_of, regions))
+    return [name for name, _ in settings.fusion_safe_regions if name not in owners]
+
+
 def refuse_unknown_regions(regions: Iterable[str], settings: Settings = SETTINGS) -> None:
     """Raise SettingsError for a variable that names none of these regions."""
     owners = set(map(variable_of, regions))
-    for name, _ in settings.fusion_safe_regions:
-        if name not in owners:
-            raise SettingsError(
-                f"AUXSTREAM_FUSION_SAFE_{name} names no region of this graph",
-                expected="one of " + (", ".join(sorted(owners)) or "none: the graph has no regions"),
-                came=name,
-                remedy="correct the name or unset the variable",
-            )
+    for name in unknown_regions(owners, settings):
+        raise SettingsError(
+            f"AUXSTREAM_FUSION_SAFE_{name} names no region of this graph",
+            expected="one of " + (", ".join(sorted(owners)) or "none: the graph has no regions"),
+            came=name,
+            remedy="correct the name or unset the variable",
+        )
 
 
 def _owners(names: Iterable[str], settings: Settings) -> dict[str, str]:

@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from auxstream.capture.trace import trace
 from auxstream.kernels import fuse, store
 from auxstream.kernels.derive import copy_of
 from auxstream.kernels.safety import fusion_safety
-from auxstream.runtime.errors import SettingsError
+from auxstream.runtime.errors import AuxstreamWarning
 from auxstream.runtime.settings import Settings, parse_overlap
 
 WIDTH = 16
@@ -192,17 +193,6 @@ def test_a_rule_that_matches_nothing_is_found() -> None:
     assert policy.unmatched((SHARED, K), parse_overlap("layers.*.q=on,layers.1.k=off")) == ["layers.*.q"]
 
 
-def test_a_rule_that_matches_nothing_is_said(model: Model, caplog: pytest.LogCaptureFixture) -> None:
-    options = Options(overlap="layers.9.*=off,*=auto", fusion_safe="layers.1.*,shared=auto")
-    with caplog.at_level("INFO", "auxstream"):
-        auxstream.compile(model, (torch.randn(4, WIDTH),), options)
-    said = [record.message for record in caplog.records if "matches no branch" in record.message]
-    assert said == [
-        "the overlap rule 'layers.9.*' matches no branch of model",
-        "the fusion_safe rule 'shared' matches no branch of model",
-    ]
-
-
 def test_products_of_a_branch_that_is_nothing_else_are_the_whole_branch() -> None:
     """What begins and ends with a product is proposed once."""
     assert ruled((SHARED,), parse_overlap("*=products")) == ((SHARED,), ())
@@ -233,8 +223,26 @@ def test_a_variable_may_name_a_region_that_a_plan_leaves_out(
     kept = {"": {"layers.0.shared": "1", "layers.1.shared": "0"}, "*=off": {}}.get(overlap, {"layers.1.shared": "0"})
     assert fast.fusion.safety == kept
     variable("LAYERS_9_SHARED")
-    with pytest.raises(SettingsError, match="LAYERS_9_SHARED names no region"):
+    with pytest.warns(AuxstreamWarning, match="LAYERS_9_SHARED matches no branch of model, which has layers.0"):
         auxstream.compile(model, (torch.randn(4, WIDTH),), Options(overlap=overlap))
+
+
+def test_a_misspelt_rule_is_said(model: Model) -> None:
+    x = torch.randn(4, WIDTH)
+    for overlap, safe in (("*=off,layer.0.*=on", ""), ("", "layer.0.*")):
+        with pytest.warns(AuxstreamWarning, match=r"rule 'layer\.0\.\*' matches no branch of model, which has layers"):
+            auxstream.compile(model, (x,), Options(overlap=overlap, fusion_safe=safe))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AuxstreamWarning)
+        alone = auxstream.compile(torch.nn.Linear(WIDTH, WIDTH), (x,), Options(fusion_safe="layers.*"))
+        auxstream.compile(model, (x,), Options(overlap="layers.*.shared=on"))
+    assert str(alone.choice) == "serial (no branches)"
+
+
+def test_the_kill_switch_shows_in_the_choice(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "SETTINGS", Settings(disable=True))
+    fast = auxstream.compile(model, (torch.randn(4, WIDTH),))
+    assert fast.choice.source == "rules; AUXSTREAM_DISABLE"
 
 
 def test_where_nothing_is_measured_shared_experts_overlap() -> None:
