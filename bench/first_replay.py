@@ -24,9 +24,9 @@ from .harness import write
 WEIGHTS = "weights"
 
 
-def first_replays(options: argparse.Namespace, limit: float) -> dict[str, dict[str, float]]:
-    """Seconds per stage with empty caches, and with warm ones. Raises subprocess.TimeoutExpired behind `limit` s."""
-    found: dict[str, dict[str, float]] = {}
+def first_replays(options: argparse.Namespace, limit: float, found: dict[str, Any]) -> None:
+    """Fill in the seconds per stage with empty caches, and with warm ones. Raises subprocess.TimeoutExpired behind
+    `limit` s."""
     end = time.monotonic() + limit
     with tempfile.TemporaryDirectory() as folder:
         for caches in ("cold", "warm"):
@@ -41,7 +41,6 @@ def first_replays(options: argparse.Namespace, limit: float) -> dict[str, dict[s
             found[caches] = {**stages, "whole": whole, "whole but for the weights": whole - stages[WEIGHTS]}
             told = ", ".join(f"{name} {seconds:.1f}" for name, seconds in found[caches].items())
             print(f"first replay, caches {caches}, s: {told}", flush=True)
-    return found
 
 
 def staged(options: argparse.Namespace) -> dict[str, float]:
@@ -87,8 +86,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--since", type=float, help="this is the process to be measured, started at that time")
     options = parser.options(arguments)
-    results: dict[str, Any] = first_replays(options, options.limit) if options.since is None else {**staged(options)}
-    write(options.json, "first_replay", results)
+    results: dict[str, Any] = {}
+    try:
+        if options.since is None:
+            first_replays(options, options.limit, results)
+        else:
+            results |= staged(options)
+    finally:
+        write(options.json, "first_replay", results)
     return results
 
 

@@ -156,7 +156,7 @@ def _alone(layers: Any, branch: str, batch: int, options: Options) -> Callable[[
 
 
 def _compare(figures: dict[str, Figure], ours: Sequence[str], results: dict[str, Any], layers: int) -> None:
-    """Print the steps, and what of the shorter branch each overlap hides."""
+    """Print the steps, and what of the shorter branch each overlap recovers."""
     branches = {serial: alone_of(serial) for serial in dict.fromkeys(OURS[name].serial for name in ours)}
     shorter = {serial: min(figures[name].median for name in names) for serial, names in branches.items()}
     for serial, bound in shorter.items():
@@ -232,7 +232,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     if "first" in options.parts:  # first of all: two models do not fit into a GPU's memory
         chosen = argparse.Namespace(**{**vars(options), "batch": options.batch[0]})
-        part("first replay", 30, lambda found: found.update(first_replays(chosen, min(240.0, clock.left()))))
+        part("first replay", 30, partial(first_replays, chosen, min(240.0, clock.left())))
     if not {"decode", "prefill"} & set(options.parts):
         return results
     start = time.perf_counter()

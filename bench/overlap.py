@@ -199,7 +199,7 @@ class Bench:
         for how in (SHARED, CHOSEN):
             recovered = (median(SERIAL) - median(how)) / shorter
             self.results[f"recovered of the shorter branch: {kernels} kernels, {how}"] = recovered
-            print(f"  {f'of the shorter branch hidden, {kernels} kernels, {how}':60} {recovered:4.0%}")
+            print(f"  {f'of the shorter branch recovered, {kernels} kernels, {how}':60} {recovered:4.0%}")
 
     def _said(self, name: str) -> str:
         if name not in self.corrupt:
