@@ -81,7 +81,7 @@ SUITE: Final[Mapping[str, Benchmark]] = {
         no_gpu="--device cpu --size tiny --layers 4 --tokens 32",
     ),
     "verify": Benchmark(
-        "the race checker alone, in nodes per second", 60, 15, whole="--rounds 2",
+        "the race checker alone, in nodes per second", 60, 25, whole="--rounds 2",
         no_gpu="--rounds 2 --nodes 10000 30000", hf=False,
     ),
     "capture": Benchmark("a capture with its proof and without", 100, 40),
