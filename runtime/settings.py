@@ -198,11 +198,6 @@ class Setting:
     value: str | None
     fault: SettingsError | None
 
-    @property
-    def origin(self) -> Literal["environment", "default"]:
-        """Where what is in force comes from; by default, options given in code decide."""
-        return "default" if self.value is None else "environment"
-
 
 _environ: Final = dict(os.environ)
 
