@@ -114,7 +114,6 @@ def test_every_setting_tells_where_it_comes_from_and_what_is_wrong_with_it() -> 
     assert {name: setting.value for name, setting in found.items() if setting.value is not None} == {
         name: value for name, value in environ.items() if name != "PATH"
     }
-    assert {name for name, setting in found.items() if setting.value is not None} == set(environ) - {"PATH"}
     faults = {name: str(setting.fault) for name, setting in found.items() if setting.fault is not None}
     assert set(faults) == {"AUXSTREAM_NVTX", "AUXSTREAM_FUSION_SAFE_B", "AUXSTREAM_DISABEL"}
     assert all(name in text and "remedy:" in text for name, text in faults.items())
