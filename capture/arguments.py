@@ -96,7 +96,8 @@ class Arguments:
 
     def _check_constant(self, position: int, value: Any) -> None:
         static = self._leaves[position]
-        if type(static) is not type(value) or not (static is value or static == value):
+        same = static is value or static == value or (static != static and value != value)  # NaN is NaN
+        if type(static) is not type(value) or not same:
             raise InputError(
                 f"input {self._names[position]!r} is a constant of the captured graph",
                 expected=repr(static),

@@ -248,6 +248,14 @@ def test_other_arguments_are_refused(arguments: tuple[Any, ...]) -> None:
     assert "tensor(" not in str(caught.value)  # no numbers, only what kind of tensor it is
 
 
+def test_a_constant_that_is_no_number_is_itself() -> None:
+    model, fast = compiled(lambda m, x, n: m.linear(x).where(x > 0, n), draw(), float("nan"))
+    x = draw()
+    torch.testing.assert_close(fast(x, float("nan")), model(x, float("nan")), rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(InputError, match="constant"):
+        fast(x, 1.0)
+
+
 def test_a_refused_call_changes_nothing() -> None:
     _, fast = compiled(lambda m, a, b: (a + 0, m.linear(b)), draw(), draw())
     first, _ = fast(draw(), draw())
