@@ -27,7 +27,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim, ShapesCollection
+from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
@@ -36,7 +36,7 @@ from ..runtime.errors import AuxstreamError, CaptureError, InputError
 from ..runtime.machine import INLINE, using_machine
 from .arguments import Dims
 from .inputs import StaticInputs, repeating
-from .trace import TracedGraph, _attributes_kept, _module_of, _refuse_nested_graphs, _strip_checks, trace
+from .trace import TracedGraph, _attributes_kept, _refuse_nested_graphs, _strip_checks, trace
 
 _Class = tuple[tuple[str, int], ...]
 """Dimensions, as (input, dimension), that always have one size."""
@@ -223,8 +223,10 @@ def _open(model: nn.Module, static: StaticInputs, largest: int) -> tuple[_OpenTr
             dynamic = shapes.dynamic_shapes(model, static.args, static.kwargs)
             program = torch.export.export(model, static.args, static.kwargs, dynamic_shapes=dynamic, strict=False)
             module = _module_of(program)
-        _strip_checks(module)
-        _refuse_nested_graphs(module)
+        _strip_checks(module.graph)
+        _refuse_nested_graphs(module.graph)
+        module.delete_all_unused_submodules()
+        module.recompile()
     except AuxstreamError:
         raise
     except Exception as error:  # whatever the model or export raises; the trace of fixed shapes will say if that fails
@@ -232,6 +234,16 @@ def _open(model: nn.Module, static: StaticInputs, largest: int) -> tuple[_OpenTr
     sys.stderr.write(said.getvalue())
     opened = _OpenTrace(module, tuple(node.name for node in _placeholders(module)), largest)
     return (opened, "") if opened.symbols() else (None, "the model fixes the size of every dimension")
+
+
+def _module_of(program: ExportedProgram) -> GraphModule:
+    """The exported graph over the model's own tensors, without guards: `holds` asks for them."""
+    try:
+        module = program.module(check_guards=False)
+    except TypeError:
+        module = program.module()
+    assert isinstance(module, GraphModule)
+    return module
 
 
 def _traced(model: nn.Module, inputs: StaticInputs) -> TracedGraph:

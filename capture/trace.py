@@ -9,8 +9,6 @@ the graph mutates the module's own buffers, as the module's forward does.
 from __future__ import annotations
 
 import contextlib
-import io
-import sys
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
-from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from ..kernels.dataflow import Dataflow
 from ..runtime.errors import AuxstreamError, TraceError
 from ..runtime.machine import INLINE, using_machine
+from .forward_graph import ForwardGraph
 
-# Checks that export leaves behind. They compute nothing the graph needs, and an assertion on the device is a kernel.
+# Checks that tracing leaves behind, and profilers' marks. They compute nothing, and a check on the device is a kernel.
 _CHECKS = (
     "_assert_tensor_metadata",
     "_assert_scalar",
@@ -35,7 +33,11 @@ _CHECKS = (
     "_functional_assert_async",
     "sym_constrain_range",
     "sym_constrain_range_for_size",
+    "_record_function_enter",
+    "_record_function_enter_new",
+    "_record_function_exit",
 )
+_CONTEXTS = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast)
 _TABLES = frozenset(vars(nn.Module()))
 _DATA_DEPENDENT = ("data-dependent", "data dependent", "guardondatadependent", "unbacked", "_local_scalar_dense")
 
@@ -67,18 +69,20 @@ class TracedGraph:
 
 def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> TracedGraph:
     """Trace `model(*args, **kwargs)` without running it on values. Shapes are static. No other thread may run modules
-    meanwhile: `torch.export` patches `nn.Module` for the whole process. Regions written by hand in the model leave no
+    meanwhile: tracing patches `nn.Module` for the whole process. Regions written by hand in the model leave no
     mark: their work is traced as if on one stream.
 
     Raises TraceError for control flow that depends on values, for values that become shapes, and for whatever else
-    keeps `torch.export` from making one graph.
+    keeps forward from being one graph.
     """
     arguments, keywords = tuple(args), dict(kwargs or {})
     with torch.no_grad(), using_machine(INLINE), _attributes_kept(model):
-        program = _exported(model, arguments, keywords)
-        gm = _module_of(program)
-    _strip_checks(gm)
-    _refuse_nested_graphs(gm)
+        forward = _followed(model, arguments, keywords)
+        _strip_checks(forward.graph)
+        _refuse_nested_graphs(forward.graph)
+        gm = forward.module()
+    gm.graph.lint()
+    _value_nothing(gm)
     _refuse_symbols(gm)
     flow = Dataflow.of(gm)
     names = tuple(node.name for node in gm.graph.nodes if node.op == "placeholder")
@@ -87,7 +91,7 @@ def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
 
 @contextlib.contextmanager
 def _attributes_kept(model: nn.Module) -> Generator[None]:
-    """Export executes writes to tensors that are plain attributes, neither parameters nor buffers: undo them."""
+    """Tracing executes writes to tensors that are plain attributes, neither parameters nor buffers: undo them."""
     attributes = [leaf for module in model.modules() for leaf in pytree.tree_leaves(_plain(module))]
     before = [(tensor, tensor.detach().clone()) for tensor in attributes if isinstance(tensor, Tensor)]
     try:
@@ -102,52 +106,43 @@ def _plain(module: nn.Module) -> list[Any]:
     return [value for name, value in vars(module).items() if name not in _TABLES]
 
 
-def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    """Non-strict export: training IR, in which in-place ops stay in-place ops."""
-    said = io.StringIO()
+def _followed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardGraph:
     try:
-        with contextlib.redirect_stderr(said):
-            program = torch.export.export(model, args, kwargs, strict=False)
+        return ForwardGraph(model, args, kwargs)
     except AuxstreamError:
         raise  # from a compiled model within this one
     except Exception as error:
-        # On failure export prints all of the graph it had so far. The error we raise names the line instead.
-        sys.stderr.write(said.getvalue().replace(str(getattr(error, "partial_fx_graph", "\0")), "").lstrip())
         raise _explain(model, error) from error
-    sys.stderr.write(said.getvalue())
-    return program
 
 
-def _module_of(program: ExportedProgram) -> GraphModule:
-    """The exported graph over the model's own tensors; guards only repeat what static shapes already say."""
-    try:
-        gm = program.module(check_guards=False)
-    except TypeError:
-        gm = program.module()
-    assert isinstance(gm, GraphModule)
-    return gm
-
-
-def _strip_checks(gm: GraphModule) -> None:
-    for node in reversed(list(gm.graph.nodes)):
+def _strip_checks(graph: Graph) -> None:
+    """Take out checks, marks for profilers, dead nodes, and grad modes and autocast that nothing is done under."""
+    for node in reversed(list(graph.nodes)):
         if node.users:
             continue
         guard = node.op == "call_module" and "guard" in str(node.target)
         check = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split("::")[-1] in _CHECKS
         if guard or check:
-            gm.graph.erase_node(node)
-    gm.graph.eliminate_dead_code()
-    gm.delete_all_unused_submodules()
-    gm.recompile()
-    gm.graph.lint()
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    for node in list(graph.nodes):
+        entered = node.prev
+        if node.target is torch.amp.autocast_mode._exit_autocast and entered in node.args:
+            graph.erase_node(node)
+            graph.erase_node(entered)
+        if node.target is torch._C._set_grad_enabled:
+            if entered.target is node.target:
+                graph.erase_node(entered)
+            if node.args == (False,):  # as it is while tracing
+                graph.erase_node(node)
 
 
-def _refuse_nested_graphs(gm: GraphModule) -> None:
+def _refuse_nested_graphs(graph: Graph) -> None:
     """Contexts entered and branches taken inside forward stay graphs within the graph, which the rest cannot read."""
-    for node in gm.graph.nodes:
-        if isinstance(node.target, HigherOrderOperator):
+    for node in graph.nodes:
+        if isinstance(node.target, HigherOrderOperator) or node.target in _CONTEXTS:
             raise TraceError(
-                f"the model holds a {node.target} that stays a graph of its own",
+                f"the model holds a {getattr(node.target, '__name__', node.target)} that stays a graph of its own",
                 expected="one flat graph of tensor ops",
                 came=f"{node.name} at {where(node)}",
                 remedy="enter autocast or grad modes around compile() in place of inside forward; use torch.where in "
@@ -155,12 +150,19 @@ def _refuse_nested_graphs(gm: GraphModule) -> None:
             )
 
 
+def _value_nothing(gm: GraphModule) -> None:
+    """What an op gives that returns nothing, and writes into what it is given: None."""
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
+            node.meta.setdefault("val", None)
+
+
 def _refuse_symbols(gm: GraphModule) -> None:
     """Shapes are static, so a symbol left in the graph stands for a value read from a tensor."""
     for node in gm.graph.nodes:
         if node.op == "output":
             continue
-        assert "val" in node.meta, f"{node.name} lost its value in export"
+        assert "val" in node.meta, f"{node.name} has no value"
         for leaf in pytree.tree_leaves(node.meta["val"]):
             sizes: tuple[Any, ...] = tuple(leaf.shape) if isinstance(leaf, Tensor) else (leaf,)
             if any(isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) for size in sizes):
@@ -192,10 +194,10 @@ def _explain(model: nn.Module, error: Exception) -> TraceError:
             "(the eager expert loop visits only the experts that were hit); elsewhere use torch.where or masking",
         )
     return TraceError(
-        f"torch.export could not turn {name} into one graph",
+        f"torch could not turn {name} into one graph",
         expected="a forward of tensor ops over static shapes",
         came=_first_line(text),
-        remedy="the exception this one was raised from has torch.export's own account",
+        remedy="the exception this one was raised from has torch's own account",
     )
 
 
@@ -204,7 +206,7 @@ def _first_line(text: str) -> str:
 
 
 def _blamed_line(text: str) -> str:
-    """The line of the user's that export holds responsible, with its code, where it says so."""
+    """The line of the user's that torch holds responsible, with its code, where it says so."""
     _, found, rest = text.partition("The following call raised this error:")
     lines = [line.strip() for line in rest.splitlines() if line.strip()]
     return f", at {lines[0]}: {lines[1]}" if found and len(lines) > 1 else ""
