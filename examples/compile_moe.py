@@ -3,7 +3,7 @@ rows, and proved. Without a GPU a simulated machine replays the graphs. Change t
 
 A  overlap="*=off,layers.1.shared=on"    only the second layer overlaps; "*=off" is one stream
 B  overlap=""                            on a GPU: what is measured to pay
-C  fusion_safe="layers.*.shared=auto"    branches on lanes get fused kernels too, if the proof holds
+C  fusion_safe="layers.*.shared=auto"    branches on lanes get fused kernels too, if the proof holds: one more kernel
 """
 
 import torch
@@ -17,7 +17,7 @@ model, example = Model().to(device).eval(), torch.randn(8, HIDDEN, device=device
 options = auxstream.Options(buckets=(2, 8), overlap="*=off,layers.*.shared=on")
 fast = auxstream.compile(model, example, options, name="moe")
 
-print(fast, *fast.regions, *fast.padding, fast.memory, fast.report, sep="\n")
+print(fast, *fast.regions, fast.fusion, *fast.padding, fast.memory, fast.report, sep="\n")
 near = 0
 for rows in range(1, 9):  # each runs the smallest bucket that holds it: 1 is padded to 2, 3 to 8
     x = torch.randn(rows, HIDDEN, device=device)

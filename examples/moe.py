@@ -22,11 +22,20 @@ class Routed(nn.Module):
         return (torch.einsum("tki,tkih->tkh", inner, self.down[chosen]) * share[..., None]).sum(1)
 
 
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(HIDDEN, INNER), nn.Linear(HIDDEN, INNER)
+        self.down = nn.Linear(INNER, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.routed = nn.RMSNorm(HIDDEN), Routed()
-        self.shared = nn.Sequential(nn.Linear(HIDDEN, INNER), nn.SiLU(), nn.Linear(INNER, HIDDEN))
+        self.norm, self.routed, self.shared = nn.RMSNorm(HIDDEN), Routed(), Shared()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)

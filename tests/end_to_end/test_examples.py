@@ -153,6 +153,17 @@ def test_a_model_is_compiled_for_several_numbers_of_rows(
     assert "8 of 8 outputs near eager's" in shown
 
 
+def test_a_region_may_have_fused_kernels_where_they_are_proved(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for safe, said in (("", "kept off (the marker)"), ("layers.*.shared=auto", "proved safe")):
+        changes = ("(2, 8)", "(8,)"), ('shared=on")', f'shared=on", fusion_safe="{safe}")')
+        assert run_here("compile_moe.py", monkeypatch, *changes) == 0
+        shown = capsys.readouterr().out
+        assert f"region layers.0.shared: fused kernels {said}" in shown
+        assert ("in layers.0.shared: silu" in shown) == bool(safe)
+
+
 def test_a_region_is_switched_off_by_its_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
