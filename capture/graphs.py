@@ -31,6 +31,7 @@ from .refusals import NoHostReads, capturing_device
 from .simulate import Simulation
 from .source import warn_user
 from .streams import CALLER, InlineStreams, RecordingMachine, SimulatedStreams
+from .unfinished import entered_once, unfinished
 
 if TYPE_CHECKING:
     from .replay_order import ReplayOrder
@@ -41,6 +42,7 @@ OBSERVERS: Final[list[Callable[[CapturedGraph], None]]] = []
 LAUNCH_OBSERVERS: Final[list[Callable[[CapturedGraph, int], None]]] = []
 """Told of each replay of a CUDA graph and its stream's handle, right before the launch; may refuse it by raising."""
 
+_VERIFY_REMEDY: Final = "leave it out: the default, 'error', raises where the proof fails"
 _one_processor: Final = threading.RLock()
 
 
@@ -57,11 +59,13 @@ class CapturedGraph:
     Attributes:
         name: as given.
         regions: names of the regions, in fork order.
+        block_ended: whether the block of the capture is over, however it ended.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.regions: tuple[str, ...] = ()
+        self.block_ended = False
         self._program: Program | None = None
         self._report: Report | None = None
         self._evidence: Evidence | None = None
@@ -72,7 +76,7 @@ class CapturedGraph:
     def program(self) -> Program:
         """What was recorded: ops, streams, events and bytes."""
         if self._program is None:
-            raise self._unfinished("its program")
+            raise self._unfinished("read its program")
         return self._program
 
     @property
@@ -92,7 +96,7 @@ class CapturedGraph:
     def report(self) -> Report:
         """What was proved."""
         if self._report is None:
-            raise self._unfinished("its report")
+            raise self._unfinished("read its report")
         return self._report
 
     @property
@@ -120,13 +124,8 @@ class CapturedGraph:
         self._report = prove(self.evidence) if checked else not_checked(self.program)
         return self._report
 
-    def _unfinished(self, what: str) -> CaptureError:
-        return CaptureError(
-            f"graph {self.name!r} has no {what.removeprefix('its ')}",
-            expected="a capture that ended without error",
-            came="one still running, or one that failed",
-            remedy=f"use {what} after the `with auxstream.graph(...)` block",
-        )
+    def _unfinished(self, use: str) -> CaptureError:
+        return unfinished(self.name, self.block_ended, use)
 
     def replay(self) -> None:
         """Run the captured work again on the current stream: outputs and mutated buffers are updated in place.
@@ -138,17 +137,17 @@ class CapturedGraph:
         Raises:
             CaptureError: inside a capture, or the graph's own capture failed.
         """
-        raise self._unfinished("its replay")
+        raise self._unfinished("replay it")
 
     def wait(self) -> None:
         """The current stream waits, on the GPU, for the last replay: now it may read outputs and write inputs. The next
         replay waits for that work; of an `ExternalStream`, which may be gone by then, it must be told by an event."""
-        raise self._unfinished("its replay")
+        raise self._unfinished("wait for its replay")
 
     @property
     def order(self) -> AbstractContextManager[object]:
         """What a replay enters: one at a time, and behind what uses the graph's memory. It nests."""
-        raise self._unfinished("its replay")
+        raise self._unfinished("replay it")
 
     def __reduce__(self) -> Any:
         raise CaptureError(f"graph {self.name!r} cannot be pickled or copied", remedy="capture it again")
@@ -170,8 +169,11 @@ class SimulatedGraph(CapturedGraph):
     @property
     def simulation(self) -> Simulation:
         """The executable form, for replays in an order of one's own."""
+        return self._executable("use its simulation")
+
+    def _executable(self, use: str) -> Simulation:
         if self._simulation is None:
-            raise self._unfinished("its simulation")
+            raise self._unfinished(use)
         return self._simulation
 
     @property
@@ -181,7 +183,7 @@ class SimulatedGraph(CapturedGraph):
 
     @ranges.around(lambda graph: f"replay {graph.name}")
     def replay(self) -> None:
-        simulation = self.simulation
+        simulation = self._executable("replay it")
         if isinstance(thread_state.machine, RecordingMachine):
             raise CaptureError(
                 f"graph {self.name!r} is replayed inside a capture",
@@ -195,7 +197,7 @@ class SimulatedGraph(CapturedGraph):
             simulation.run(order)
 
     def wait(self) -> None:
-        _ = self.simulation  # if there is one, its replays are over when they return
+        self._executable("wait for its replay")  # if there is one, its replays are over when they return
 
     @property
     def order(self) -> AbstractContextManager[object]:
@@ -226,7 +228,7 @@ class CudaGraph(CapturedGraph):
     @property
     def order(self) -> ReplayOrder:
         if self._order is None:
-            raise self._unfinished("its replay")
+            raise self._unfinished("replay it")
         return self._order
 
     def __del__(self) -> None:
@@ -247,7 +249,7 @@ class CudaGraph(CapturedGraph):
         self.order.wait()
 
 
-@contextmanager
+@entered_once
 def graph(
     name: str = "graph",
     *,
@@ -275,7 +277,8 @@ def graph(
     """
     mode = SETTINGS.verify or verify
     if mode not in VERIFY_VALUES:
-        raise CaptureError(f"graph {name!r}: unknown verify={mode!r}", expected=", ".join(VERIFY_VALUES))
+        known = ", ".join(VERIFY_VALUES)
+        raise CaptureError(f"graph {name!r}: unknown verify", expected=known, came=repr(mode), remedy=_VERIFY_REMEDY)
     chosen = capturing_device(name, device)
     if isinstance(thread_state.machine, RecordingMachine):
         raise CaptureError(

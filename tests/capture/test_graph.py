@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +22,77 @@ def racy(x: torch.Tensor) -> None:
     region.join()
 
 
+USES: dict[str, Callable[[Any], object]] = {
+    "replay it": lambda g: g.replay(),
+    "wait for its replay": lambda g: g.wait(),
+    "read its program": lambda g: g.program,
+    "read its report": lambda g: g.report,
+    "use its simulation": lambda g: g.simulation,
+}
+
+
 def test_an_unfinished_graph_says_so() -> None:
     with auxstream.graph("half", device="cpu") as g:
-        for use in (g.replay, lambda: g.program, lambda: g.report, lambda: g.simulation):
-            with pytest.raises(CaptureError, match=r"(?s)'half'.*after the `with"):
-                use()
-    assert g.report.ok
+        for do, use in USES.items():
+            with pytest.raises(CaptureError, match="'half': its capture has not ended") as caught:
+                use(g)
+            assert caught.value.came == f"an attempt to {do} inside the block"
+            assert caught.value.remedy == f"{do} after the `with auxstream.graph(...)` block"
+    for use in USES.values():
+        use(g)
+
+
+def test_a_graph_whose_block_failed_says_so() -> None:
+    with pytest.raises(ZeroDivisionError), auxstream.graph("half", device="cpu") as g:
+        raise ZeroDivisionError
+    for do, use in USES.items():
+        with pytest.raises(CaptureError, match="'half': its capture has failed") as caught:
+            use(g)
+        assert caught.value.remedy == f"capture it again, then {do}"
+
+
+def test_a_graph_whose_proof_failed_has_a_report_and_no_replay() -> None:
+    with pytest.raises(RaceError), auxstream.graph("racing", device="cpu") as g:
+        racy(torch.ones(4))
+    assert not g.report.ok
+    with pytest.raises(CaptureError, match="'racing': its capture has failed"):
+        g.replay()
+
+
+@pytest.mark.parametrize("use", ["replay", "report", "memory", "regions", "wait"])
+def test_a_graph_that_was_not_entered_says_so(use: str) -> None:
+    g: Any = auxstream.graph("a", device="cpu")
+    with pytest.raises(CaptureError, match=r"graph 'a' was not entered") as caught:
+        getattr(g, use)
+    assert caught.value.came == f".{use} of its context manager"
+    assert "with auxstream.graph(...) as g" in caught.value.remedy
+    with g as captured:
+        out = torch.ones(2) * 2
+    with pytest.raises(CaptureError, match=r"graph 'a' is not what auxstream\.graph\(\.\.\.\) returns"):
+        getattr(g, use)
+    captured.replay()
+    assert out.tolist() == [2.0, 2.0]
+    assert not hasattr(g, "__len__")
+
+
+def test_one_context_captures_once() -> None:
+    context = auxstream.graph(name="twice", device="cpu")
+    with context as g:
+        out = torch.ones(2) * 2
+    with pytest.raises(CaptureError, match="'twice' is entered twice") as caught, context:
+        raise AssertionError("the block ran")
+    assert "auxstream.graph(...) again" in caught.value.remedy
+    g.replay()
+    assert out.tolist() == [2.0, 2.0]
+
+
+def test_an_unknown_verify_says_what_there_is() -> None:
+    mode: Any = "strict"
+    with pytest.raises(CaptureError, match="unknown verify") as caught, auxstream.graph(device="cpu", verify=mode):
+        raise AssertionError("the block ran")
+    error = caught.value
+    assert (error.expected, error.came) == ("off, warn, error", "'strict'")
+    assert "the default, 'error', raises" in error.remedy
 
 
 def test_verify_modes() -> None:
