@@ -66,13 +66,14 @@ def compile(
         a `CompiledModel`; with buckets, a `BucketedModel`; with two phases, a `PhasedModel`.
 
     Raises:
+        SettingsError: `options` are no `Options`.
         TraceError: the model cannot become one graph (data-dependent control flow, tensors on several devices).
         RaceError: the captured graph is not proved free of races, and `options.verify` is `error`.
         CaptureError: a mode of two phases where one is given; names in `split_ops` that no op has; or with buckets, if
             it is not to be found which dimensions count tokens, or if padding would show in results or in what the
             model writes.
     """
-    phases = phases_of(model, example_inputs, prefill, (options or Options()).in_force())
+    phases = phases_of(model, example_inputs, prefill, Options.of(options).in_force())
     device = _device(whole_of(phases), [leaf for phase in phases for leaf in phase.static.tensors()])
 
     def make(pool: Any) -> tuple[CompiledModel, str]:

@@ -122,6 +122,21 @@ class Options:
             raise SettingsError("malformed option dump_dir", expected="a folder", came=repr(self.dump_dir))
 
     @staticmethod
+    def of(given: Options | None) -> Options:
+        """These options, or the defaults. Raises SettingsError for anything else."""
+        match cast("object", given):
+            case None:
+                return Options()
+            case Options() as options:
+                return options
+            case Mapping() as entries:
+                remedy = f"auxstream.Options(**{dict(cast('Mapping[Any, Any]', entries))!r})"
+            case _:
+                remedy = "auxstream.Options(buckets=(1, 2, 4, 8)), say; example inputs go in one argument, as a tuple"
+        came = type(given).__name__
+        raise SettingsError("the options are no Options", expected="auxstream.Options", came=came, remedy=remedy)
+
+    @staticmethod
     def from_yaml(path: str | Path) -> Options:
         """Options from a YAML file: a mapping from their names to values.
 
@@ -134,10 +149,17 @@ class Options:
             the options it names, the others at their defaults.
 
         Raises:
-            SettingsError: the file holds something else, or a name or value that no option has.
+            SettingsError: no such file, or it holds something else, or a name or value that no option has.
         """
         try:
             read: Any = yaml.safe_load(Path(path).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(
+                f"options cannot be read from {path}",
+                expected="a YAML file of `option: value` lines",
+                came=str(error),
+                remedy=f"a path from the current folder, {Path.cwd()}, or an absolute one",
+            ) from error
         except yaml.YAMLError as error:
             raise SettingsError(f"{path} is no YAML", came=str(error)) from error
         if not isinstance(read, Mapping | None):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import auxstream
 from auxstream import Options
 from auxstream.runtime.errors import SettingsError
 from auxstream.runtime.settings import Settings
@@ -85,3 +88,29 @@ def test_the_environment_has_the_last_word() -> None:
     assert options.in_force(environment) == Options(
         verify="off", handoff="record", token_threshold=0, dump_dir=Path("b")
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ({"buckets": (2, 8)}, "auxstream.Options(**{'buckets': (2, 8)})"),
+        ({}, "auxstream.Options(**{})"),
+        (torch.ones(2), "example inputs go in one argument, as a tuple"),
+    ],
+)
+def test_options_that_are_no_options_are_refused(given: Any, remedy: str) -> None:
+    with pytest.raises(SettingsError, match="no Options") as caught:
+        auxstream.compile(torch.nn.Linear(2, 2), torch.ones(1, 2), given)
+    assert caught.value.expected == "auxstream.Options"
+    assert caught.value.came == type(given).__name__
+    assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["nope.yaml", "."])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SettingsError, match="cannot be read from") as caught:
+        Options.from_yaml(tmp_path / name)
+    error = caught.value
+    assert str(tmp_path / name) in error.what
+    assert error.came
+    assert str(Path.cwd()) in error.remedy
