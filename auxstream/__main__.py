@@ -114,7 +114,7 @@ def _add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=_folder, metavar="FOLDER", default=Path("auxstream-trace"), help="write here")
     parser.add_argument("--replays", type=_count, default=20, metavar="N", help="profiled, of each graph (default 20)")
     parser.add_argument("what", metavar="demo|SCRIPT", help="demo --help: its own arguments")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="the script's own arguments")
+    _add_rest(parser)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -148,7 +148,12 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=_new_file, metavar="FILE", help="write all reports here")
     parser.add_argument("--picture", type=_folder, metavar="FOLDER", help="draw each graph here, as SVG")
     parser.add_argument("script", type=_script, metavar="SCRIPT")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="the script's own arguments")
+    _add_rest(parser)
+
+
+def _add_rest(parser: argparse.ArgumentParser) -> None:
+    rest = parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS", help="the script's own arguments")
+    rest.required = False  # there may be none, and a message about a missing SCRIPT should not ask for them
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:

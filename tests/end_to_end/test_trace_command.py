@@ -273,6 +273,13 @@ def test_a_script_that_is_not_there(capsys: Any) -> None:
     assert trace_command.DEMO == "demo"
 
 
+def test_what_is_missing_is_the_script_alone(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["trace"])
+    assert stop.value.code == 2
+    assert "required: demo|SCRIPT\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--layers", "0"], ["--fusion", "some"]])
 def test_the_demos_own_arguments_are_checked(arguments: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit) as stop:

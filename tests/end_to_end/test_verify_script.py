@@ -376,7 +376,7 @@ def test_an_error_in_the_json(write: Write, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ((), "SCRIPT"),
+        ((), "required: SCRIPT\n"),
         (("{tmp}/nowhere.py",), "there is no file"),
         (("{tmp}",), "is a folder; expected a Python script"),
         (("--json", "{tmp}", "{script}"), "no file can be made"),
