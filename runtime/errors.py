@@ -63,7 +63,7 @@ class HostReadError(CaptureError):
 
 
 class TraceError(AuxstreamError):
-    """A model that `torch.export` cannot turn into one graph."""
+    """A model that cannot be turned into one graph."""
 
 
 class InputError(AuxstreamError):
