@@ -130,6 +130,45 @@ def test_ops_that_write_their_arguments_and_return_tuples() -> None:
     assert (step.traced.graph_module.get_buffer("blocks.0.cache")[:ROWS] != 0).all()
 
 
+@torch.library.custom_op("auxstream_test::attention_into", mutates_args=("out", "cache"))
+def attention_into(q: Tensor, cache: Tensor, out: Tensor) -> None:
+    """As serving engines have it: nothing is returned."""
+    cache[: q.shape[0]] = q
+    out.copy_(torch.softmax(q @ cache.t(), -1) @ cache)
+
+
+@attention_into.register_fake
+def _(q: Tensor, cache: Tensor, out: Tensor) -> None: ...
+
+
+@pytest.mark.parametrize("mode", ["full", "piecewise", "none"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_op_that_returns_nothing(mode: Any, fused: bool) -> None:
+    class Serving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(HIDDEN, HIDDEN)
+            self.register_buffer("cache", torch.randn(12, HIDDEN))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.linear(x)
+            out = torch.empty_like(q)
+            attention_into(q, self.cache, out)
+            return self.linear(out).relu() + x
+
+    torch.manual_seed(0)
+    model = Serving()
+    reference = copy.deepcopy(model)
+    splits = ("auxstream_test.attention_into",) if mode == "piecewise" else ()
+    options = Options(mode=mode, split_ops=splits, mlir_elementwise_fusion=fused)
+    fast = auxstream.compile(model, torch.randn(ROWS, HIDDEN), options)
+    for _ in range(3):
+        x = torch.randn(ROWS, HIDDEN)
+        torch.testing.assert_close(fast(x), reference(x))
+        torch.testing.assert_close(model.cache, reference.cache)
+    assert mode == "none" or fast.report.ok
+
+
 def test_capturing_is_not_a_call() -> None:
     model = Stack(Paged())
     graph = traced(model)
