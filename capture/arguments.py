@@ -7,7 +7,7 @@ they have, if they may have fewer or more. Invariant: what differs in anything e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -40,6 +40,7 @@ class Arguments:
         self._names = names
         self._dims: Dims = dims or (None,) * len(leaves)
         args, keywords = pytree.tree_unflatten(list(leaves), spec)
+        self._args: tuple[Any, ...] = args
         self._positional = len(args)
         self._keywords: dict[str, Any] = keywords
         self._flat = all(_is_leaf(value) for value in (*args, *keywords.values()))
@@ -54,13 +55,23 @@ class Arguments:
             kwargs = {name: kwargs[name] for name in self._keywords}  # keywords come in any order
         given, spec = pytree.tree_flatten((args, kwargs))
         if spec != self._spec:
-            raise InputError(
-                "the arguments have another structure than the captured ones",
-                expected=str(self._spec),
-                came=str(spec),
-                remedy="call it as in the example inputs, or compile for this structure too",
-            )
+            raise self._other_structure(args, kwargs)
         return given
+
+    def _other_structure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> InputError:
+        expected, came = _counted(self._args, self._keywords), _counted(args, kwargs)
+        if expected == came:  # then one of them is another nest
+            examples: dict[int | str, Any] = {**dict(enumerate(self._args)), **self._keywords}
+            given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+            which = next(key for key, value in given.items() if not _alike(value, examples[key]))
+            where = f"argument {which}" if isinstance(which, int) else f"{which}="
+            expected, came = (f"{where} as {_form(values[which])}" for values in (examples, given))
+        return InputError(
+            "the arguments have another structure than the captured ones",
+            expected=expected,
+            came=came,
+            remedy="call it as in the example inputs, or compile for this structure too",
+        )
 
     def rows(self, given: Sequence[Any]) -> int | None:
         """The rows of these leaves; None where every size is fixed. Raises InputError for leaves that do not fit."""
@@ -119,13 +130,60 @@ class Arguments:
             f"input {name!r} differs from the captured one",
             expected=_described(kind) + others,
             came=_said(value),
-            remedy="pad or move it, or compile for this shape too",
+            remedy=self._remedy(position, kind, value),
         )
+
+    def _remedy(self, position: int, kind: Kind, value: Any) -> str:
+        if not isinstance(value, Tensor):
+            return "pass a tensor"
+        shape, dtype, device, layout = kind
+        remedies: list[str] = []
+        if value.layout is not layout:
+            remedies.append("make it dense with .to_dense()")
+        if value.dtype != dtype:
+            remedies.append(f"cast it with .to({dtype})")
+        if value.device != device:
+            remedies.append(f"move it with .to({str(device)!r})")
+        if value.dim() != len(shape):
+            remedies.append(f"give it {len(shape)} dimensions, or compile for this shape too")
+        else:
+            remedies += [
+                f"pad or cut its dimension {dim} to {size}"
+                if dim == self._dims[position]
+                else f"dimension {dim} must be {size}: compile for this shape too"
+                for dim, size in enumerate(shape)
+                if value.shape[dim] != size
+            ]
+        return "; ".join(remedies)
 
 
 def _is_leaf(value: Any) -> bool:
     leaves = pytree.tree_leaves(value)
     return len(leaves) == 1 and leaves[0] is value
+
+
+def _alike(value: Any, example: Any) -> bool:
+    return pytree.tree_structure(value) == pytree.tree_structure(example)
+
+
+def _counted(args: Sequence[Any], keywords: Mapping[str, Any]) -> str:
+    """The arguments of a call, in words."""
+    named = f"keywords {', '.join(sorted(keywords))}" if keywords else "no keywords"
+    return f"{len(args)} positional argument{'' if len(args) == 1 else 's'} and {named}"
+
+
+def _form(value: Any) -> str:
+    """What nest a value is."""
+    match value:
+        case Tensor():
+            return "a tensor"
+        case tuple() | list():
+            return f"{type(value).__name__} of ({', '.join(map(_form, cast('Sequence[Any]', value)))})"
+        case Mapping():
+            entries = cast("Mapping[Any, Any]", value).items()
+            return f"{type(value).__name__} of ({', '.join(f'{key!r}: {_form(entry)}' for key, entry in entries)})"
+        case _:
+            return type(value).__name__
 
 
 def kind_of(tensor: Tensor) -> Kind:
