@@ -57,7 +57,7 @@ def fitting(*args: Any, dims: tuple[int | None, ...] | None = None, **keywords: 
             "c= as dict of ('k': a tensor)",
             "c= as dict of ('v': a tensor)",
         ),
-        (fitting(X, X), (X, [X]), {}, "argument 1 as a tensor", "argument 1 as list of (a tensor)"),
+        (fitting(X, [X]), (X, X), {}, "argument 1 as list of (a tensor)", "argument 1 as a tensor"),
     ],
 )
 def test_another_structure_is_said_in_words(
