@@ -45,14 +45,17 @@ def test_an_error_is_the_same_behind_pickle_and_copy(kind: type[errors.Auxstream
 
 
 def test_a_race_takes_its_report_along() -> None:
-    x = torch.randn(8)
-    with pytest.raises(auxstream.errors.RaceError) as caught, auxstream.graph(device="cpu"):
-        y = x * 2
-        region = auxstream.fork("aux", y)
-        with region:
-            region.returns(y + 1)
-        y.add_(1)
-        region.join()
+    def race(x: torch.Tensor) -> None:
+        with auxstream.graph(device="cpu"):
+            y = x * 2
+            region = auxstream.fork("aux", y)
+            with region:
+                region.returns(y + 1)
+            y.add_(1)
+            region.join()
+
+    with pytest.raises(auxstream.errors.RaceError) as caught:
+        race(torch.randn(8))
     same = pickle.loads(pickle.dumps(caught.value))
     assert str(same.report) == str(caught.value.report)
     assert len(same.report.races) == 1
