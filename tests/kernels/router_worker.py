@@ -1,6 +1,7 @@
 """Compiles the router's kernels for sm_90 on a machine that may have no GPU. Run by `test_router_sm90`.
 
-Prints one JSON object per kernel: the case, the kernel, its TTIR, the size of its cubin, and its PTX instructions.
+Prints one JSON object per kernel: the job, the case, the kernel, its TTIR, the size of its cubin, and its PTX
+instructions.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import collections
 import json
 import re
-import sys
 from typing import Any
 
 import torch
@@ -53,8 +53,11 @@ def compiled(kernel: Any, given: list[Any], options: dict[str, Any]) -> Any:
     return compiled_by_triton(source, target=GPUTarget("cuda", 90, 32), options=chosen)
 
 
-def main(sized: bool) -> None:
-    for case in SIZES if sized else [case for case in CASES if case.tokens]:
+JOBS = {"sizes": SIZES, "cases": [case for case in CASES if case.tokens]}
+
+
+def main() -> None:
+    for job, case in ((job, case) for job, cases in JOBS.items() for case in cases):
         given, rules = case.given(), case.rules
         found = settle(given, rules)
         index, weights = fake(given, rules)
@@ -68,8 +71,8 @@ def main(sized: bool) -> None:
             made = compiled(kernel, arguments, options)
             told = collections.Counter(TOLD.findall(made.asm["ptx"]))
             facts = {"ttir": made.asm["ttir"], "cubin": len(made.asm["cubin"]), "told": told}
-            print(json.dumps({"case": case.name, "kernel": kernel.fn.__name__, **facts}), flush=True)
+            print(json.dumps({"job": job, "case": case.name, "kernel": kernel.fn.__name__, **facts}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] == "sizes")
+    main()

@@ -18,19 +18,21 @@ HERE = Path(__file__).parent
 Kernels = list[dict[str, Any]]
 
 
-def compiled(folder: Path, job: str) -> Kernels:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     """By a child: Triton compiles nothing in a process in which it interprets."""
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environ |= {"TRITON_CACHE_DIR": str(folder / "triton"), "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, "router_worker.py", job]
+    environ |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "router_worker.py"]
     done = subprocess.run(command, cwd=HERE, env=environ, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    return compiled(tmp_path_factory.mktemp("sizes"), "sizes")
+@pytest.fixture
+def kernels(compiled: Kernels) -> Kernels:
+    """Of sizes that models have."""
+    return [kernel for kernel in compiled if kernel["job"] == "sizes"]
 
 
 def told(kernel: dict[str, Any], *starts: str) -> int:
@@ -47,8 +49,8 @@ def test_every_size_compiles(kernels: Kernels) -> None:
     assert all(kernel["cubin"] for kernel in kernels)
 
 
-def test_every_case_compiles(tmp_path: Path) -> None:
-    found = compiled(tmp_path, "cases")
+def test_every_case_compiles(compiled: Kernels) -> None:
+    found = [kernel for kernel in compiled if kernel["job"] == "cases"]
     assert {kernel["case"] for kernel in found} == {case.name for case in CASES if case.tokens}
     assert all(kernel["cubin"] for kernel in found)
     for kernel in found:
