@@ -107,7 +107,7 @@ class Arguments:
 
     def _check_constant(self, position: int, value: Any) -> None:
         static = self._leaves[position]
-        same = static is value or static == value or (static != static and value != value)  # NaN is NaN
+        same = static is value or exact(static) == exact(value)
         if type(static) is not type(value) or not same:
             raise InputError(
                 f"input {self._names[position]!r} is a constant of the captured graph",
@@ -184,6 +184,11 @@ def _form(value: Any) -> str:
             return f"{type(value).__name__} of ({', '.join(f'{key!r}: {_form(entry)}' for key, entry in entries)})"
         case _:
             return type(value).__name__
+
+
+def exact(number: Any) -> Any:
+    """What is equal for constants that are the same: NaN is NaN, and zero has a sign."""
+    return number.hex() if isinstance(number, float) else number
 
 
 def kind_of(tensor: Tensor) -> Kind:

@@ -29,6 +29,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ..runtime.errors import CaptureError, InputError, SettingsError
+from .arguments import exact
 from .compiled import CompiledModel
 from .compiler import compile
 from .options import Options
@@ -170,7 +171,7 @@ class _Subgraph:
             )
         given = [args[p] for p in inputs.given]
         shapes = () if self._bucketed or not inputs.symbolic else tuple(tensor.shape for tensor in given)
-        numbers = (*(args[p] for p in inputs.constants), *(args[p].item().hex() for p in inputs.floats))
+        numbers = (*(exact(args[p]) for p in inputs.constants), *(exact(args[p].item()) for p in inputs.floats))
         key = (shapes, *numbers), tuple(args[p].data_ptr() for p in inputs.bound)
         compiled = self._made.get(key)
         if compiled is None:

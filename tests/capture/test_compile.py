@@ -248,6 +248,14 @@ def test_other_arguments_are_refused(arguments: tuple[Any, ...]) -> None:
     assert "tensor(" not in str(caught.value)  # no numbers, only what kind of tensor it is
 
 
+def test_a_zero_of_the_other_sign_is_another_constant() -> None:
+    model, fast = compiled(lambda m, x, n: x * n, draw(), 0.0)
+    x = draw()
+    assert torch.equal(fast(x, 0.0).signbit(), model(x, 0.0).signbit())
+    with pytest.raises(InputError, match="constant"):
+        fast(x, -0.0)
+
+
 def test_a_constant_that_is_no_number_is_itself() -> None:
     model, fast = compiled(lambda m, x, n: m.linear(x).where(x > 0, n), draw(), float("nan"))
     x = draw()
