@@ -65,6 +65,15 @@ def test_nor_what_he_does_to_a_tensor_but_for_its_numbers(rows: int) -> None:
         assert not found.requires_grad
 
 
+def test_nor_to_one_of_several_tensors() -> None:
+    model, fast = compiled(lambda m, x: (m.linear(x), x * 2))
+    for out in fast(draw()):
+        out.t_()
+    x = draw()
+    for found, expected in zip(fast(x), model(x), strict=True):
+        torch.testing.assert_close(found, expected.detach())
+
+
 def test_the_models_own_tensors_are_handed_out_themselves() -> None:
     model, fast = compiled(lambda m, x: (m.linear.weight, m.seen.add_(1), m.seen[:2]))
     weight, seen, part = fast(draw())
