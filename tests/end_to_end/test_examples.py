@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import re
+import runpy
 import subprocess
 import sys
+import traceback
+import warnings
 from dataclasses import fields
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -51,37 +54,52 @@ def test_is_short_enough_to_read_at_once() -> None:
     assert len(BY_HAND.read_text().splitlines()) <= 40
 
 
-def test_without_the_join_the_capture_refuses(tmp_path: Path) -> None:
-    done = run(changed(tmp_path, (JOIN, "")))
-    assert done.returncode != 0
-    assert "'shared_expert'" in done.stderr
-    assert "UndeclaredAccessError" in done.stderr
-    assert "join its region first" in done.stderr
-    assert SUM in done.stderr
-    assert "replays equal" not in done.stdout
+def run_in_this_process(script: Path) -> None:
+    """As a script: torch takes longer to import than an example to run."""
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def shown_by(script: Path) -> str:
+    """What Python shows of the error that ends a script, which warns of the region first."""
+    with (
+        pytest.warns(auxstream.AuxstreamWarning, match="'shared_expert' .*nobody waited for its branch"),
+        pytest.raises(auxstream.AuxstreamError) as caught,
+    ):
+        run_in_this_process(script)
+    return "".join(traceback.format_exception(caught.value))
+
+
+def test_without_the_join_the_capture_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = shown_by(changed(tmp_path, (JOIN, "")))
+    assert "UndeclaredAccessError" in error
+    assert "join its region first" in error
+    assert SUM in error
+    assert "replays equal" not in capsys.readouterr().out
 
 
 def test_without_the_join_and_without_a_use_the_capture_names_the_open_region(tmp_path: Path) -> None:
-    done = run(changed(tmp_path, (JOIN, ""), (SUM, "return x + routed")))
-    assert done.returncode != 0
-    error = done.stderr[done.stderr.rindex("CaptureError") :]
+    shown = shown_by(changed(tmp_path, (JOIN, ""), (SUM, "return x + routed")))
+    error = shown[shown.rindex("CaptureError") :]
     assert "'shared_expert'" in error
     assert "region.join()" in error
 
 
-def test_without_the_declared_read_a_warning_names_it(tmp_path: Path) -> None:
-    done = run(changed(tmp_path, (READ, 'fork("shared_expert")')))
-    assert done.returncode == 0, done.stderr
-    assert "AuxstreamWarning" in done.stderr
-    assert "reads an undeclared tensor made by `native_layer_norm.default`" in done.stderr
-    assert "100 of 100 replays equal serial, bit for bit" in done.stdout
+def test_without_the_declared_read_a_warning_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = changed(tmp_path, (READ, 'fork("shared_expert")'))
+    read = "reads an undeclared tensor made by `native_layer_norm.default`"
+    with pytest.warns(auxstream.AuxstreamWarning, match=read), pytest.raises(SystemExit) as done:
+        run_in_this_process(script)
+    assert not done.value.code
+    assert "100 of 100 replays equal serial, bit for bit" in capsys.readouterr().out
 
 
-def test_the_one_to_verify_raises_nothing_and_is_wrong_at_times() -> None:
-    done = run(EXAMPLES / "verify_me.py")
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    right = int(done.stdout.removesuffix(" of 100 replays were right\n"))
+def test_the_one_to_verify_raises_nothing_and_is_wrong_at_times(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_in_this_process(EXAMPLES / "verify_me.py")
+    said = capsys.readouterr()
+    assert not said.err
+    right = int(said.out.removesuffix(" of 100 replays were right\n"))
     assert right < 100 or torch.cuda.is_available(), "a GPU may be lucky; the simulated machine never is"
 
 
