@@ -95,7 +95,7 @@ def _registered(spec: KernelSpec) -> Any:
     library, kernel = _library(), kernel_of(spec)
     library.define(f"{spec.name}(Tensor[] inputs, SymInt[] sizes) -> Tensor[]")
     library.impl(spec.name, on_its_device(kernel), "CUDA")
-    library.impl(spec.name, kernel if interpreting() else kernel.reference, "CPU")
+    library.impl(spec.name, kernel.on_cpu, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{spec.name}", kernel.fake, lib=library)
     return getattr(getattr(torch.ops, NAMESPACE), spec.name).default
 
@@ -135,8 +135,11 @@ class FusedKernel:
     def fake(self, inputs: list[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         return [result.allocate(inputs[0], sizes) for result in self.spec.outputs]
 
+    def on_cpu(self, inputs: list[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        return self(inputs, sizes) if interpreting() else self.reference(inputs, sizes)
+
     def reference(self, inputs: list[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """What the kernel computes, by torch: the CPU's implementation."""
+        """What the kernel computes, by torch: what runs on a CPU."""
         rows = self.spec.row_count(sizes)
         given = [operand.in_rows(tensor, sizes) for operand, tensor in zip(self.spec.inputs, inputs, strict=True)]
         outputs = self.fake(inputs, sizes)
