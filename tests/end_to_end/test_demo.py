@@ -102,7 +102,7 @@ def test_settings_that_would_falsify_it_are_refused(
     name: str, value: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo_module, "SETTINGS", replace(demo_module.SETTINGS, **{name: value}))
-    assert demo() == 2
+    assert demo("--layers", "1", "--replays", "1") == 2
     assert f"unset AUXSTREAM_{name.upper()}" in capsys.readouterr().err
 
 
