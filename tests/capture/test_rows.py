@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from random_programs import RandomProgram
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from auxstream.capture.rows import Mixing, find_mixing
 from auxstream.capture.trace import TracedGraph, trace
@@ -235,7 +236,8 @@ def values(traced: TracedGraph, changed: int | None) -> tuple[Tensor, ...]:
     if changed is not None:
         x[changed] = torch.tensor([5.0, -3.0, 0.5, 9.0])
     torch.manual_seed(0)
-    return copy.deepcopy(traced.graph_module)(x)
+    state = {name: value.clone() for name, value in traced.graph_module.named_buffers()}
+    return functional_call(traced.graph_module, state, (x,))
 
 
 # --- writes -----------------------------------------------------------------------------------------------------------
