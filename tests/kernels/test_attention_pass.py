@@ -31,6 +31,7 @@ from auxstream.kernels.attention_pass import fuse_decode_attention
 from auxstream.kernels.dataflow import Dataflow
 from auxstream.kernels.routing import Weights
 
+pytestmark = pytest.mark.usefixtures("by_torch")
 aten = torch.ops.aten
 BATCH = 3
 

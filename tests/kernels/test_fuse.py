@@ -21,16 +21,12 @@ from torch.fx import GraphModule, symbolic_trace
 from torch.utils import _pytree as pytree
 
 from auxstream.capture.trace import trace
-from auxstream.kernels import FusionError, FusionReport, fuse, fuse_elementwise, launch, mlir
+from auxstream.kernels import FusionError, FusionReport, fuse, fuse_elementwise, mlir
 from auxstream.kernels.grouping import MOST_OPERANDS
 from auxstream.runtime.errors import MissingDependencyError
 from auxstream.runtime.settings import SETTINGS
 
-
-@pytest.fixture(autouse=True)
-def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels registered here run as torch ops: a hundred times faster than in Triton's interpreter."""
-    monkeypatch.setattr(launch, "interpreting", lambda: False)
+pytestmark = pytest.mark.usefixtures("by_torch")
 
 
 def equal(one: Any, other: Any) -> bool:

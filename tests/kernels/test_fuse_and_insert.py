@@ -21,23 +21,18 @@ import auxstream
 from auxstream.capture.mark import MarkedRegion, mark_multi_stream_moe_shared_experts
 from auxstream.capture.schedule import RegionPlan, insert_regions
 from auxstream.capture.trace import trace
-from auxstream.kernels import fuse, fuse_elementwise, launch
+from auxstream.kernels import fuse, fuse_elementwise
 from auxstream.kernels.reach import region_of
 from auxstream.runtime.errors import RegionError
 from auxstream.runtime.handoff_ops import REGION_OPS, region_fork
 from auxstream.runtime.settings import SafetyRules
 
+pytestmark = pytest.mark.usefixtures("by_torch")
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "recorded, aux first": {"handoff": "record", "order": "aux_first"},
     "behind the norm": {"fork_at": "first_product"},
 }
-
-
-@pytest.fixture(autouse=True)
-def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels registered here run as torch ops: a hundred times faster than in Triton's interpreter."""
-    monkeypatch.setattr(launch, "interpreting", lambda: False)
 
 
 def laid(gm: GraphModule) -> list[Any]:

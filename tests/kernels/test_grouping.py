@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from auxstream.capture.trace import trace
-from auxstream.kernels import fuse_elementwise, launch
+from auxstream.kernels import fuse_elementwise
 from auxstream.kernels.build import Kind
 from auxstream.kernels.dataflow import Dataflow, positions
 from auxstream.kernels.grouping import MOST_MEMBERS, Group, find_groups
@@ -78,9 +78,9 @@ MEETING: dict[str, tuple[Callable[..., Any], Tensor, int]] = {
 }
 
 
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("name", MEETING)
-def test_members_read_their_own_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "interpreting", lambda: False)
+def test_members_read_their_own_row(name: str) -> None:
     body, x, count = MEETING[name]
     gm = graph_of(body, x)
     assert len(groups_of(gm)) <= count, names(gm)

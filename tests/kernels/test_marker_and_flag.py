@@ -19,17 +19,13 @@ from torch.fx import Node
 from auxstream.capture.mark import mark_multi_stream_moe_shared_experts
 from auxstream.capture.schedule import insert_regions
 from auxstream.capture.trace import trace
-from auxstream.kernels import FusionError, fuse, fuse_elementwise, launch, safety
+from auxstream.kernels import FusionError, fuse, fuse_elementwise, safety
 from auxstream.kernels.pointwise import CASTS
 from auxstream.kernels.reach import region_of, regions_of
 from auxstream.runtime.errors import RegionError, SettingsError
 from auxstream.runtime.settings import SETTINGS, SafetyRules
 
-
-@pytest.fixture(autouse=True)
-def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels registered here run as torch ops: a hundred times faster than in Triton's interpreter."""
-    monkeypatch.setattr(launch, "interpreting", lambda: False)
+pytestmark = pytest.mark.usefixtures("by_torch")
 
 
 def facts(node: Node) -> tuple[Any, ...]:

@@ -29,6 +29,7 @@ from auxstream.kernels.router_closed import Match, Unmatched
 from auxstream.kernels.router_match import match
 from auxstream.kernels.router_pass import RouterReport, agree, fuse_routers
 
+pytestmark = pytest.mark.usefixtures("by_torch")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, BF16 = torch.float32, torch.bfloat16
 TOKENS, WIDTH, EXPERTS, TOP_K = 5, 32, 16, 3

@@ -13,16 +13,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from auxstream.capture.trace import trace
-from auxstream.kernels import fuse_elementwise, launch
+from auxstream.kernels import fuse_elementwise
 from auxstream.kernels.dataflow import Dataflow
 from auxstream.kernels.weights import leave_out_casts
 
+pytestmark = pytest.mark.usefixtures("by_torch")
 X = torch.arange(12.0).reshape(3, 4) / 7
-
-
-@pytest.fixture(autouse=True)
-def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "interpreting", lambda: False)
 
 
 class Norm(nn.Module):
